@@ -1,0 +1,42 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer: each makes the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo   train an autoencoder with TNT, Adam and SGD, and compare them (ARGS=--help for its options)"
+	@echo "make test   run all tests"
+	@echo "make lint   ruff and pyright"
+	@echo "make clean  remove the environment and what the programs wrote"
+
+demo: $(VENV)/examples
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+# Each environment's file says that it is complete; they build on one another.
+$(VENV)/examples: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tnt_optax needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+$(VENV)/test: $(VENV)/examples
+	$(BIN)/python -m pip install --quiet --editable '.[examples,test]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[examples,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) results dist .pytest_cache .ruff_cache

@@ -1,0 +1,91 @@
+"""Progress bars, tables, pictures and JSON files of the examples."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from common.training import Curve
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLORS = {"TNT": "tab:red", "Adam": "tab:blue", "SGD-m": "tab:green"}
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar whose tasks have a field `status`, for the loss and the steps per second."""
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first two columns are text, and the others numbers."""
+    table = Table(title=title)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def plot_curves(path: Path, title: str, curves: Mapping[str, Curve]) -> None:
+    """The training loss (solid) and the test loss (dotted) against epochs, and against seconds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for name, curve in curves.items():
+        epochs = np.arange(len(curve.train_loss))
+        for axis, x in ((left, epochs), (right, curve.seconds)):
+            axis.plot(x, curve.train_loss, color=COLORS.get(name), label=name)
+            axis.plot(x, curve.test_loss, color=COLORS.get(name), linestyle=":", linewidth=1)
+    # The first loss, of the untrained model, would squeeze all the others together.
+    losses = np.concatenate([curve.train_loss[1:] + curve.test_loss[1:] for curve in curves.values()])
+    losses = losses[np.isfinite(losses)]
+    if losses.size:
+        left.set_ylim(0.97 * losses.min(), 1.03 * np.quantile(losses, 0.99))
+    left.set(xlabel="epochs", ylabel="loss per image, nats")
+    right.set(xlabel="seconds of training steps")
+    right.legend(title="solid: training, dotted: test", loc="upper right")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content`; numbers that are not finite become null, because JSON has none."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    path.write_text(json.dumps(finite(content), indent=1) + "\n")

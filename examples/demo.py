@@ -1,0 +1,260 @@
+"""Trains a deep autoencoder on handwritten digits with TNT, Adam and SGD with momentum, and compares them.
+
+All three start from the same parameters and see the same batches. The learning rate of each, and TNT's damping, are
+first searched on one grid; then each is trained with its best setting and another seed.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from common import data, report
+from common.models import Autoencoder
+from common.training import Curve, Problem, Trainer
+from flax import nnx
+from rich.console import Console
+
+import tnt_optax
+
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+DAMPINGS = (0.03, 0.1, 0.3)
+SHORT = {"learning_rate": "rate", "damping": "damping"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What fits a dataset."""
+
+    widths: tuple[int, ...]
+    batch_size: int
+    epochs: int
+    tuning_epochs: int
+
+
+PRESETS = {
+    "digits": Preset(widths=(128, 64, 32, 8), batch_size=128, epochs=40, tuning_epochs=40),
+    "mnist": Preset(widths=(500, 250, 125, 30), batch_size=500, epochs=10, tuning_epochs=1),
+}
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console()
+    problem, title = make_problem(args)
+    optimizers = make_optimizers(args)
+    console.print(
+        f"[bold]{title}[/bold]: {len(problem.train[0])} training and {len(problem.test[0])} test images, batches of "
+        f"{problem.batch_size}, {problem.steps_per_epoch} steps an epoch."
+    )
+    console.print(
+        f"Tuned on the same grid, {args.tuning_epochs} epochs each: learning rate in {list(args.learning_rates)} for all "
+        f"three, and damping in {list(args.dampings)} for TNT. The lowest training loss wins."
+    )
+
+    start = time.perf_counter()
+    trainers = {name: Trainer(problem, optimizer) for name, (optimizer, _) in optimizers.items()}
+    tuning: dict[str, list[dict[str, float]]] = {}
+    curves: dict[str, Curve] = {}
+    best: dict[str, dict[str, float]] = {}
+    with report.progress_bar(console) as progress:
+        for name, (_, grid) in optimizers.items():
+            tuning[name] = tune(
+                trainers[name],
+                grid,
+                args,
+                Ticker(progress, f"tune {name}", len(grid) * args.tuning_epochs * problem.steps_per_epoch),
+            )
+            if not math.isfinite(min(trial["loss"] for trial in tuning[name])):
+                raise SystemExit(f"{name} diverged on the whole grid: give it smaller --learning-rates.")
+            winner = min(tuning[name], key=lambda trial: trial["loss"])
+            best[name] = {key: value for key, value in winner.items() if key != "loss"}
+        for name, trainer in trainers.items():
+            ticker = Ticker(progress, f"train {name}", args.epochs * problem.steps_per_epoch)
+            curves[name] = trainer.train(args.epochs, seed=args.seed + 1, on_step=ticker, **best[name])
+
+    print_results(console, args, curves, best, problem.steps_per_epoch)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"demo_{args.dataset}"
+    report.plot_curves(stem.with_suffix(".png"), title, curves)
+    report.save_json(
+        stem.with_suffix(".json"),
+        {
+            "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "machine": report.machine(),
+            "tuning": tuning,
+            "chosen": best,
+            "curves": {name: dataclasses.asdict(curve) for name, curve in curves.items()},
+        },
+    )
+    console.print(
+        f"Wrote {os.path.relpath(stem)}.png and .json. All in all {time.perf_counter() - start:.0f} s "
+        f"on {os.cpu_count()} cores ({report.machine()['device']})."
+    )
+
+
+def make_problem(args: argparse.Namespace) -> tuple[Problem, str]:
+    images = data.digits() if args.dataset == "digits" else data.mnist(args.data_dir)
+    train, test = jnp.asarray(images.train), jnp.asarray(images.test)
+    pixels = train.shape[1]
+    model = Autoencoder(pixels, args.widths, rngs=nnx.Rngs(args.seed))
+    graphdef, params = nnx.split(model)
+
+    def forward(params: Any, inputs: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(inputs)
+
+    problem = Problem(
+        forward, tnt_optax.Bernoulli(), nnx.as_pure(params), (train, train), (test, test), args.batch_size
+    )
+    sizes = "-".join(map(str, [pixels, *args.widths, *args.widths[-2::-1], pixels]))
+    return problem, f"Autoencoder {sizes} on {args.dataset}"
+
+
+def make_optimizers(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Any], list[dict[str, float]]]]:
+    """Each one's factory, and the hyper-parameters to try."""
+
+    def tnt(learning_rate: Any, damping: Any) -> optax.GradientTransformation:
+        return tnt_optax.tnt(
+            learning_rate,
+            damping=damping,
+            trust_radius=args.trust_radius,
+            statistics_period=args.statistics_period,
+            inverse_period=args.inverse_period,
+        )
+
+    def sgd_with_momentum(learning_rate: Any) -> optax.GradientTransformation:
+        return optax.sgd(learning_rate, momentum=0.9)
+
+    rates = [{"learning_rate": rate} for rate in args.learning_rates]
+    with_damping = [{**rate, "damping": eps} for rate, eps in itertools.product(rates, args.dampings)]
+    return {"TNT": (tnt, with_damping), "Adam": (optax.adam, rates), "SGD-m": (sgd_with_momentum, rates)}
+
+
+class Ticker:
+    """Called after every step: moves a progress bar, and shows the loss and the steps per second."""
+
+    def __init__(self, progress: Any, description: str, steps: int):
+        self.progress, self.task = progress, progress.add_task(description, total=steps, status="compiling")
+        self.done, self.start, self.shown = 0, 0.0, 0.0
+
+    def __call__(self, loss: float) -> None:
+        now = time.perf_counter()
+        self.start = self.start or now
+        self.done += 1
+        if now - self.shown > 0.1:  # Drawing takes time too.
+            self.shown = now
+            rate = self.done / max(now - self.start, 1e-9)
+            self.skip_to(self.done, f"loss {loss:8.3f}  {rate:6.1f} steps/s")
+
+    def skip_to(self, steps: int, status: str) -> None:
+        self.done = steps
+        self.progress.update(self.task, completed=steps, status=status)
+
+
+def tune(
+    trainer: Trainer, grid: list[dict[str, float]], args: argparse.Namespace, ticker: Ticker
+) -> list[dict[str, float]]:
+    trials = []
+    for index, hyperparams in enumerate(grid):
+        curve = trainer.train(args.tuning_epochs, seed=args.seed, on_step=ticker, **hyperparams)
+        trials.append({**hyperparams, "loss": curve.final})
+        # A training that diverged stopped early.
+        ticker.skip_to(
+            (index + 1) * args.tuning_epochs * trainer.problem.steps_per_epoch,
+            f"best loss {min(t['loss'] for t in trials):.3f}",
+        )
+    return trials
+
+
+def print_results(
+    console: Console, args: argparse.Namespace, curves: dict[str, Curve], best: dict[str, Any], steps_per_epoch: int
+) -> None:
+    rows = []
+    for name, curve in curves.items():
+        steps = (len(curve.seconds) - 1) * steps_per_epoch
+        rows.append(
+            [
+                name,
+                ", ".join(f"{SHORT[key]} {value:g}" for key, value in best[name].items()),
+                f"{curve.train_loss[-1]:.3f}",
+                f"{curve.test_loss[-1]:.3f}",
+                f"{curve.seconds[-1]:.2f}",
+                f"{1000 * curve.seconds[-1] / steps:.2f}",
+            ]
+        )
+    columns = ["optimizer", "tuned", "train loss", "test loss", "seconds", "ms/step"]
+    report.print_table(console, f"After {args.epochs} epochs (loss: nats per image)", columns, rows)
+    edges = {
+        name for name in curves if best[name]["learning_rate"] in (min(args.learning_rates), max(args.learning_rates))
+    }
+    if edges:
+        console.print(f"The best learning rate of {', '.join(sorted(edges))} lies on the edge of the grid: widen it.")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=PRESETS,
+        default="digits",
+        help="digits: 1,797 8x8 images from scikit-learn, no download; mnist: 70,000 28x28 images, through tensorflow_datasets",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="where tensorflow_datasets has already prepared MNIST; it is only read, and the network not used (default: download it)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="passes over the training images with the tuned settings (default: 40 for digits, 10 for mnist)",
+    )
+    parser.add_argument(
+        "--tuning-epochs", type=int, help="passes for each point of the grid (default: 40 for digits, 1 for mnist)"
+    )
+    parser.add_argument("--batch-size", type=int, help="images a step (default: 128 for digits, 500 for mnist)")
+    parser.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        help="widths of the encoder's layers, the code's last; the decoder mirrors them",
+    )
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=LEARNING_RATES, help="the grid for all three optimizers"
+    )
+    parser.add_argument("--dampings", type=float, nargs="+", default=DAMPINGS, help="the grid for TNT's damping")
+    parser.add_argument(
+        "--trust-radius",
+        type=float,
+        default=0.1,
+        help="bounds TNT's steps: a step may change the predictions by a KL divergence of about half its square, in nats per image",
+    )
+    parser.add_argument("--statistics-period", type=int, default=4, help="T1: TNT samples labels every so many steps")
+    parser.add_argument(
+        "--inverse-period", type=int, default=20, help="T2: TNT inverts its factors every so many steps"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the initial parameters, the batches and the sampled labels"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the picture and the JSON file")
+    args = parser.parse_args()
+    if args.data_dir and args.dataset != "mnist":
+        parser.error("--data-dir goes with --dataset mnist: the digits come with scikit-learn.")
+    for name, value in dataclasses.asdict(PRESETS[args.dataset]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+if __name__ == "__main__":
+    main()

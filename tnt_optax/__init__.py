@@ -1,0 +1,21 @@
+"""Tensor Normal Training (Ren & Goldfarb, NeurIPS 2021) as an Optax gradient transformation."""
+
+from tnt_optax.fisher import value_and_sampled_grad
+from tnt_optax.modes import Modes
+from tnt_optax.predictive import Bernoulli, Categorical, Normal, PredictiveDistribution
+from tnt_optax.transform import TNTState, scale_by_tnt, tnt, warm_start
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Modes",
+    "Normal",
+    "PredictiveDistribution",
+    "TNTState",
+    "scale_by_tnt",
+    "tnt",
+    "value_and_sampled_grad",
+    "warm_start",
+]

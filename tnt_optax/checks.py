@@ -1,0 +1,101 @@
+"""Errors for bad arguments, raised at trace time. Numbers that are arrays, traced or not, are not looked at."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import KeyPath, keystr
+
+import optax
+
+
+def check_positive(name: str, value: Any) -> None:
+    """A finite number > 0, or an array."""
+    if _is_number(name, value) and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}.")
+
+
+def check_unit_interval(name: str, value: Any) -> None:
+    """A number in [0, 1), or an array."""
+    if _is_number(name, value) and not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}.")
+
+
+def check_period(name: str, value: Any) -> None:
+    """An integer >= 1, or an array of an integer dtype."""
+    if _is_number(name, value) and not (isinstance(value, numbers.Integral) and value >= 1):
+        raise ValueError(f"{name}: expected an integer >= 1, got {value}.")
+    if hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name}: expected an integer >= 1, got an array of {value.dtype}.")
+
+
+def _is_number(name: str, value: Any) -> bool:
+    if isinstance(value, jax.Array):
+        return False
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}.")
+    return True
+
+
+def check_floating(name: str, tree: Any) -> None:
+    """Every leaf has a real floating-point dtype."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            hint = "Give its real and imaginary parts as two parameters." if dtype.kind == "c" else ""
+            raise TypeError(f"{name}{keystr(path)}: expected a real floating-point array, got {dtype}. {hint}".strip())
+
+
+def match(name: str, tree: Any, updates: optax.Updates) -> Any:
+    """`tree` in the structure of `updates`, or an error that names the first path at which they differ.
+
+    Where `updates` holds None or an `optax.MaskedNode`, whatever `tree` has is left out; where it holds an array,
+    `tree` may have an array in a box of one (a Flax variable).
+
+    Raises:
+      ValueError: another structure, or another shape.
+      TypeError: a leaf that is not real and floating-point.
+    """
+    flat_updates, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_left_out)
+    try:
+        subtrees = structure.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        raise ValueError(_first_difference(name, tree, updates)) from None
+    matched = []
+    for (path, update), subtree in zip(flat_updates, subtrees, strict=True):
+        if _is_left_out(update):
+            matched.append(update)
+            continue
+        leaves = jax.tree.leaves(subtree)
+        if len(leaves) != 1:
+            raise ValueError(_first_difference(name, tree, updates))
+        if jnp.shape(leaves[0]) != jnp.shape(update):
+            raise ValueError(
+                f"{name}{keystr(path)}: expected the gradient's shape {jnp.shape(update)}, got {jnp.shape(leaves[0])}."
+            )
+        matched.append(leaves[0])
+    result = jax.tree.unflatten(structure, matched)
+    check_floating(name, result)
+    return result
+
+
+def _is_left_out(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _paths(tree: Any) -> list[KeyPath]:
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_left_out)]
+
+
+def _first_difference(name: str, tree: Any, updates: Any) -> str:
+    expected, got = _paths(updates), _paths(tree)
+    message = f"{name}: expected the structure of the gradients"
+    missing = [path for path in expected if path not in got]
+    surplus = [path for path in got if path not in expected]
+    if missing:
+        return f"{message}, but nothing came at {name}{keystr(missing[0])}."
+    if surplus:
+        return f"{message}, but something came at {name}{keystr(surplus[0])}, where they have nothing."
+    return f"{message}, {jax.tree.structure(updates)}, got {jax.tree.structure(tree)}."

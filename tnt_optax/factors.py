@@ -1,0 +1,88 @@
+"""The Kronecker factors of one tensor: contractions, Eq. (5), damped inverses, mode products.
+
+All of it is for a single tensor of shape (d_1, ..., d_k); stacks of tensors go through `jax.vmap`. A matrix of
+mode i has the shape (d_i, d_i), or (d_i,) where only its diagonal is kept.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+_HIGHEST = lax.Precision.HIGHEST  # These products feed an inverse, or are scaled by 1/damping.
+
+
+def contraction(tensor: jax.Array, mode: int, *, diagonal: bool) -> jax.Array:
+    """G^(i) = mat_i(G) mat_i(G)^T of Eq. (2), or only its diagonal."""
+    others = [axis for axis in range(tensor.ndim) if axis != mode]
+    if diagonal:
+        return jnp.sum(jnp.square(tensor), axis=others)
+    return jnp.tensordot(tensor, tensor, axes=(others, others), precision=_HIGHEST)
+
+
+def identify(contractions: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Eq. (5): the U_i, all of mean eigenvalue c0, with U_1 x ... x U_k the covariance of the tensor.
+
+    Written as U_i = C_i * c0 * d_i / tr(C_1), which is the same as C_i / (c0^(k-1) prod_{j!=i} d_j) but has no
+    intermediate that over- or underflows when C_i and U_i do not. Statistics that are all zero give U_i = 0.
+    """
+    first = contractions[0]
+    trace = jnp.sum(first) if first.ndim == 1 else jnp.trace(first)
+    order, size = len(contractions), max(math.prod(len(c) for c in contractions), 1)
+    mean_eigenvalue = trace ** (1 / order) / size ** (1 / order)  # c0
+    scale = jnp.where(trace > 0, mean_eigenvalue / jnp.where(trace > 0, trace, 1), 0)
+    return tuple(c * (scale * len(c)) for c in contractions)
+
+
+def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
+    """(U + eps I)^-1, by Cholesky factorization."""
+    if factor.ndim == 1:
+        return 1 / (factor + damping)
+    return _positive_definite_inverse(factor + damping * jnp.eye(len(factor), dtype=factor.dtype))
+
+
+def mode_products(tensor: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
+    """tensor x_1 P_1 x_2 ... x_k P_k for symmetric P_i: Eq. (3)."""
+    # Each product takes the leading axis away and appends it: after k of them the axes are in order again.
+    for matrix in matrices:
+        if matrix.ndim == 1:
+            tensor = jnp.moveaxis(tensor, 0, -1) * matrix
+        else:
+            tensor = jnp.tensordot(tensor, matrix, axes=(0, 0), precision=_HIGHEST)
+    return tensor
+
+
+def _cholesky_inverse(matrix: jax.Array) -> jax.Array:
+    lower = lax.linalg.cholesky(matrix, symmetrize_input=False)
+    return jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(matrix), dtype=matrix.dtype))
+
+
+_inverse_one_by_one = custom_vmap(_cholesky_inverse)
+
+
+@_inverse_one_by_one.def_vmap
+def _(axis_size: int, in_batched: list[bool], matrices: jax.Array) -> tuple[jax.Array, bool]:
+    # Batched LAPACK calls of several sizes in one program can deadlock XLA's CPU backend, so there one matrix
+    # follows the other, also under a `vmap` of the user's; accelerators take them all at once.
+    del axis_size, in_batched
+    inverses = lax.platform_dependent(
+        matrices,
+        cpu=lambda m: lax.map(_inverse_one_by_one, m),
+        default=jax.vmap(_cholesky_inverse),
+    )
+    return inverses, True
+
+
+@jax.custom_jvp
+def _positive_definite_inverse(matrix: jax.Array) -> jax.Array:
+    return _inverse_one_by_one(matrix)
+
+
+@_positive_definite_inverse.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # `custom_vmap` has no reverse mode of its own.
+    inverse = _positive_definite_inverse(*primals)
+    return inverse, -mode_products(*tangents, (inverse, inverse))

@@ -1,0 +1,166 @@
+"""Predictive distributions p(y | x, theta): what the outputs of a model say about its targets.
+
+`value_and_sampled_grad` takes any object with the two methods of `PredictiveDistribution`; the three here are the
+usual ones. Losses are negative log-likelihoods (up to a constant), because only then is the covariance of the
+gradients of sampled targets the Fisher matrix of Eq. (1). They are computed in float32 or better.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class PredictiveDistribution(Protocol):
+    """What `value_and_sampled_grad` asks of a predictive distribution.
+
+    An object may also have a method `batch_size(outputs)`: over how many independent examples `loss` takes its
+    mean. Without it, that is the length of the leading axis of the outputs.
+    """
+
+    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+        """-log p(targets | outputs), summed over an example's outputs, mean over the batch: a scalar."""
+        ...
+
+    def sample(self, key: jax.Array, outputs: Any) -> Any:
+        """Targets drawn from p(. | outputs), of the form that `loss` takes."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Categorical:
+    """Class labels; the outputs are logits.
+
+    Outputs have the shape (..., classes), targets are integer labels of shape (...). Every label is an example of
+    its own: the mean is over all of them, which for a language model is the mean over tokens.
+
+    Attributes:
+      weights: None, or an array of shape (...) with a weight for each label, such as a mask that is 0 on padded
+        positions. The loss is then sum(weights * nll) / sum(weights), for true and for sampled labels alike (and 0
+        where all weights are). It is an array like any other: build `Categorical(weights=mask)` inside the step.
+    """
+
+    weights: Any = None
+
+    def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """Cross-entropy, (weighted) mean over all labels: a scalar, float32 or better.
+
+        Raises:
+          TypeError: the targets are not integers.
+          ValueError: the targets' (or weights') shape is not that of the outputs without its last axis.
+        """
+        targets = jnp.asarray(targets)
+        expected = jnp.shape(outputs)[:-1]
+        if jnp.ndim(outputs) == 0:
+            raise ValueError("outputs: expected logits of shape (..., classes), got a scalar.")
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise TypeError(
+                f"targets: Categorical expects integer labels of shape {expected}, got {targets.dtype} of shape "
+                f"{targets.shape}. One-hot targets become labels with jnp.argmax(targets, axis=-1)."
+            )
+        _check_shape("targets", targets.shape, expected, f"outputs of shape {jnp.shape(outputs)}")
+        losses = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(outputs), targets)
+        if self.weights is None:
+            return jnp.mean(losses)
+        weights = self._weights(outputs)
+        total = jnp.sum(weights)
+        # `where`, because a padded position may hold logits that are not finite.
+        weighted = jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, losses))
+        return jnp.sum(weighted) / jnp.where(total == 0, 1, total)
+
+    def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        """Labels of shape (...), int32, each drawn from softmax(logits)."""
+        return jax.random.categorical(key, _at_least_float32(outputs)).astype(jnp.int32)
+
+    def batch_size(self, outputs: jax.Array) -> jax.Array | int:
+        """How many independent labels the mean is over: (sum w)^2 / sum w^2, for a mask the number of ones."""
+        if self.weights is None:
+            return max(outputs[..., 0].size, 1)
+        weights = self._weights(outputs)
+        squares = jnp.sum(jnp.square(weights))
+        return jnp.square(jnp.sum(weights)) / jnp.where(squares == 0, 1, squares)
+
+    def _weights(self, outputs: jax.Array) -> jax.Array:
+        weights = jnp.asarray(self.weights)
+        _check_shape("weights", weights.shape, outputs.shape[:-1], f"outputs of shape {outputs.shape}")
+        return weights.astype(_at_least_float32(outputs).dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bernoulli:
+    """Independent yes-or-no outputs; the outputs of the model are their logits.
+
+    Outputs and targets have the same shape (batch, ...). Targets are 0, 1 or anything between (the pixels of the
+    paper's autoencoders).
+    """
+
+    def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """Binary cross-entropy, summed over an example's outputs, mean over the batch: a scalar.
+
+        Raises:
+          ValueError: outputs and targets differ in shape.
+        """
+        targets = _like_outputs(outputs, targets)
+        return _sum_then_mean(optax.sigmoid_binary_cross_entropy(_at_least_float32(outputs), targets))
+
+    def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        """Zeros and ones of the outputs' shape, in float32 or better, each one with probability sigmoid(logit)."""
+        logits = _at_least_float32(outputs)
+        return jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(logits.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Normal outputs of a fixed variance; the outputs of the model are the means.
+
+    Outputs and targets have the same shape (batch, ...).
+
+    Attributes:
+      variance: a positive number, or an array that broadcasts against the outputs.
+    """
+
+    variance: Any = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.variance, (int, float)) and not self.variance > 0:
+            raise ValueError(f"variance: expected a number > 0, got {self.variance}.")
+
+    def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """Squared error / (2 variance), summed over an example's outputs, mean over the batch: a scalar.
+
+        Raises:
+          ValueError: outputs and targets differ in shape.
+        """
+        targets = _like_outputs(outputs, targets)
+        means = _at_least_float32(outputs)
+        return _sum_then_mean(jnp.square(means - targets) / (2 * jnp.asarray(self.variance, means.dtype)))
+
+    def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        """Outputs plus normal noise of the variance, in float32 or better."""
+        means = _at_least_float32(outputs)
+        deviation = jnp.sqrt(jnp.asarray(self.variance, means.dtype))
+        return means + deviation * jax.random.normal(key, means.shape, means.dtype)
+
+
+def _at_least_float32(outputs: jax.Array) -> jax.Array:
+    outputs = jnp.asarray(outputs)
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+
+def _like_outputs(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    _check_shape("targets", jnp.shape(targets), jnp.shape(outputs), "outputs of the same shape")
+    return jnp.asarray(targets).astype(_at_least_float32(outputs).dtype)
+
+
+def _check_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...], beside: str) -> None:
+    if got != expected:
+        raise ValueError(f"{name}: expected shape {expected} beside {beside}, got shape {got}.")
+
+
+def _sum_then_mean(losses: jax.Array) -> jax.Array:
+    return jnp.sum(losses) / max(losses.shape[0] if losses.ndim else 1, 1)
