@@ -56,8 +56,8 @@ def main() -> None:
         f"{problem.batch_size}, {problem.steps_per_epoch} steps an epoch."
     )
     console.print(
-        f"Tuned on the same grid, {args.tuning_epochs} epochs each: learning rate in {list(args.learning_rates)} for all "
-        f"three, and damping in {list(args.dampings)} for TNT. The lowest training loss wins."
+        f"Tuned on the same grid, {args.tuning_epochs} epochs each: learning rate in {list(args.learning_rates)} for "
+        f"all three, and damping in {list(args.dampings)} for TNT. The lowest training loss wins."
     )
 
     start = time.perf_counter()
@@ -207,12 +207,14 @@ def parse_args() -> argparse.Namespace:
         "--dataset",
         choices=PRESETS,
         default="digits",
-        help="digits: 1,797 8x8 images from scikit-learn, no download; mnist: 70,000 28x28 images, through tensorflow_datasets",
+        help="digits: 1,797 8x8 images from scikit-learn, no download; "
+        "mnist: 70,000 28x28 images, through tensorflow_datasets",
     )
     parser.add_argument(
         "--data-dir",
         type=Path,
-        help="where tensorflow_datasets has already prepared MNIST; it is only read, and the network not used (default: download it)",
+        help="where tensorflow_datasets has already prepared MNIST; it is only read, and the network not used "
+        "(default: its own folder, downloading what is missing)",
     )
     parser.add_argument(
         "--epochs",
@@ -237,7 +239,8 @@ def parse_args() -> argparse.Namespace:
         "--trust-radius",
         type=float,
         default=0.1,
-        help="bounds TNT's steps: a step may change the predictions by a KL divergence of about half its square, in nats per image",
+        help="bounds TNT's steps: each changes the predictions by a KL divergence of at most about half its square, "
+        "in nats per image",
     )
     parser.add_argument("--statistics-period", type=int, default=4, help="T1: TNT samples labels every so many steps")
     parser.add_argument(

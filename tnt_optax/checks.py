@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import KeyPath, keystr
-
+import numpy as np
 import optax
+from jax.tree_util import KeyPath, keystr
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -25,14 +25,14 @@ def check_unit_interval(name: str, value: Any) -> None:
 
 def check_period(name: str, value: Any) -> None:
     """An integer >= 1, or an array of an integer dtype."""
-    if _is_number(name, value) and not (isinstance(value, numbers.Integral) and value >= 1):
+    if _is_number(name, value) and not (isinstance(value, numbers.Integral) and int(value) >= 1):
         raise ValueError(f"{name}: expected an integer >= 1, got {value}.")
-    if hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.integer):
+    if isinstance(value, jax.Array | np.ndarray) and not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name}: expected an integer >= 1, got an array of {value.dtype}.")
 
 
 def _is_number(name: str, value: Any) -> bool:
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.Array | np.ndarray):
         return False
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}.")

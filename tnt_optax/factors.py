@@ -1,18 +1,63 @@
-"""The Kronecker factors of one tensor: contractions, Eq. (5), damped inverses, mode products.
+"""The Kronecker factors of one parameter: contractions, Eq. (5), damped inverses, mode products.
 
-All of it is for a single tensor of shape (d_1, ..., d_k); stacks of tensors go through `jax.vmap`. A matrix of
-mode i has the shape (d_i, d_i), or (d_i,) where only its diagonal is kept.
+The first three functions are what the transformation does with a parameter of any view. Below them is the mathematics
+of a single tensor of shape (d_1, ..., d_k), to which the stacking axes of a view come by `jax.vmap`. A matrix of mode i
+has the shape (d_i, d_i), or (d_i,) where only its diagonal is kept.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from tnt_optax.modes import Modes, from_tensor, to_tensor
+
 _HIGHEST = lax.Precision.HIGHEST  # These products feed an inverse, or are scaled by 1/damping.
+
+
+def average_contractions(
+    gradient: jax.Array, view: Modes, contractions: tuple[jax.Array, ...], weight: jax.Array
+) -> tuple[jax.Array, ...]:
+    """C_i <- (1-w) C_i + w G^(i), for every mode i: the moving average that estimates E[G^(i)]."""
+
+    def of_one_tensor(tensor: jax.Array, *averages: jax.Array) -> tuple[jax.Array, ...]:
+        w = weight.astype(tensor.dtype)
+        return tuple(
+            (1 - w) * average + w * contraction(tensor, mode, diagonal=average.ndim == 1)
+            for mode, average in enumerate(averages)
+        )
+
+    tensor = to_tensor(gradient.astype(contractions[0].dtype), view)
+    return _over_stack(of_one_tensor, view)(tensor, *contractions)
+
+
+def damped_inverses(view: Modes, contractions: tuple[jax.Array, ...], damping: jax.Array) -> tuple[jax.Array, ...]:
+    """P_i = (U_i + eps I)^-1, for every mode i."""
+
+    def of_one_tensor(*averages: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(damped_inverse(u, damping.astype(u.dtype)) for u in identify(averages))
+
+    return _over_stack(of_one_tensor, view)(*contractions)
+
+
+def precondition(view: Modes, momentum: jax.Array, inverses: tuple[jax.Array, ...]) -> jax.Array:
+    """p = m x_1 P_1 ... x_k P_k, in the shape of the parameter."""
+
+    def of_one_tensor(tensor: jax.Array, *matrices: jax.Array) -> jax.Array:
+        return mode_products(tensor, matrices)
+
+    direction = _over_stack(of_one_tensor, view)(to_tensor(momentum, view), *inverses)
+    return from_tensor(direction, view, momentum.shape)
+
+
+def _over_stack(function: Callable[..., Any], view: Modes) -> Callable[..., Any]:
+    for _ in view.batch:
+        function = jax.vmap(function)
+    return function
 
 
 def contraction(tensor: jax.Array, mode: int, *, diagonal: bool) -> jax.Array:

@@ -13,7 +13,7 @@ class TrainState(train_state.TrainState):
     Subclass it to hold more, such as `batch_stats`, as one does with Flax's own.
     """
 
-    def apply_gradients(self, *, grads: Any, sampled_grads: Any = None, **kwargs: Any) -> "TrainState":
+    def apply_gradients(self, *, grads: Any, sampled_grads: Any = None, **kwargs: Any) -> Any:
         """One step of `tx`; `grads` and `**kwargs` as in Flax's `TrainState.apply_gradients`.
 
         Args:

@@ -59,15 +59,14 @@ def resolve(modes: ModesFn | None, path: KeyPath, shape: tuple[int, ...]) -> Mod
             f"{where}: expected groups to be a tuple of tuples of axes and batch a tuple of axes, "
             f"such as Modes(groups=((0, 1), (2,)), batch=(3,))."
         ) from None
-    named = [axis for group in (*groups, batch) for axis in group]
-    if not all(groups) or sorted(axis % max(len(shape), 1) for axis in named) != list(range(len(shape))):
-        raise ValueError(
-            f"{where}: expected every axis from 0 to {len(shape) - 1} exactly once in groups and batch, and no "
-            f"empty group, got the axes {named}."
-        )
-    if any(not -len(shape) <= axis < len(shape) for axis in named):
-        raise ValueError(f"{where}: expected axes of a parameter with {len(shape)} axes, got {named}.")
     ndim = len(shape)
+    named = [axis for group in (*groups, batch) for axis in group]
+    covered = all(-ndim <= axis < ndim for axis in named) and sorted(axis % ndim for axis in named) == list(range(ndim))
+    if not covered or not all(groups):
+        raise ValueError(
+            f"{where}: expected each of the {ndim} axes exactly once in groups and batch, and no empty group, got the "
+            f"axes {named}."
+        )
     return Modes(tuple(tuple(axis % ndim for axis in group) for group in groups), tuple(axis % ndim for axis in batch))
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tnt_optax.dtypes import float32_or_better
+
 
 class PredictiveDistribution(Protocol):
     """What `value_and_sampled_grad` asks of a predictive distribution.
@@ -62,14 +64,15 @@ class Categorical:
                 f"{targets.shape}. One-hot targets become labels with jnp.argmax(targets, axis=-1)."
             )
         _check_shape("targets", targets.shape, expected, f"outputs of shape {jnp.shape(outputs)}")
-        losses = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(outputs), targets)
+        logits = _at_least_float32(outputs)
         if self.weights is None:
-            return jnp.mean(losses)
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
         weights = self._weights(outputs)
+        # Whatever stands on a padded position, even if it is not finite, has no part in loss and gradient.
+        logits = jnp.where(weights[..., None] == 0, 0, logits)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         total = jnp.sum(weights)
-        # `where`, because a padded position may hold logits that are not finite.
-        weighted = jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, losses))
-        return jnp.sum(weighted) / jnp.where(total == 0, 1, total)
+        return jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         """Labels of shape (...), int32, each drawn from softmax(logits)."""
@@ -126,7 +129,7 @@ class Normal:
 
     variance: Any = 1.0
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: D105
         if isinstance(self.variance, (int, float)) and not self.variance > 0:
             raise ValueError(f"variance: expected a number > 0, got {self.variance}.")
 
@@ -149,7 +152,7 @@ class Normal:
 
 def _at_least_float32(outputs: jax.Array) -> jax.Array:
     outputs = jnp.asarray(outputs)
-    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    return outputs.astype(float32_or_better(outputs))
 
 
 def _like_outputs(outputs: jax.Array, targets: jax.Array) -> jax.Array:

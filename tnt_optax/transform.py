@@ -1,19 +1,19 @@
 """Tensor Normal Training as an Optax gradient transformation: Algorithm 3 of the paper."""
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.tree_util import Partial
 
 from tnt_optax import checks, factors
-from tnt_optax.modes import Modes, ModesFn, batch_shape, from_tensor, mode_dims, resolve, to_tensor
+from tnt_optax.dtypes import as_float, as_int32, float32_or_better
+from tnt_optax.modes import Modes, ModesFn, batch_shape, mode_dims, resolve
 
-Number = jax.typing.ArrayLike
+Number = float | jax.Array
 NumberOrSchedule = Number | optax.Schedule
 
 
@@ -81,40 +81,40 @@ def scale_by_tnt(
 
         def zero_matrices(x: jax.Array, view: Modes) -> tuple[jax.Array, ...]:
             batch, dims = batch_shape(view, jnp.shape(x)), mode_dims(view, jnp.shape(x))
-            dtype = _statistics_dtype(x)
+            dtype = float32_or_better(x)
             return tuple(jnp.zeros((*batch, d) if d > max_dim else (*batch, d, d), dtype) for d in dims)
 
         matrices = jax.tree.map(zero_matrices, params, views(params))
         return TNTState(
             count=jnp.zeros([], jnp.int32),
             statistics_count=jnp.zeros([], jnp.int32),
-            momentum=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), _statistics_dtype(x)), params),
+            momentum=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), float32_or_better(x)), params),
             contractions=matrices,
             inverses=jax.tree.map(jnp.zeros_like, matrices),
         )
 
     def update(
         updates: optax.Updates,
-        state: TNTState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         sampled_grads: Any = None,
         warm_start: Literal["absorb", "refresh"] | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, TNTState]:
-        # `warm_start` is between this function and the one of that name below, which can't reach a TNTState inside
-        # wrappers otherwise: it says which half of steps 2 and 3 to do, and that this is no step.
+    ) -> tuple[optax.Updates, Any]:
+        # `warm_start` is for the function of that name, which can't reach a TNTState inside wrappers otherwise: it says
+        # which of steps 2 and 3 to do, and that this is no step.
         del params, extra_args
         checks.check_floating("updates", updates)
         if fisher == "sampled" and sampled_grads is None and warm_start is None:
             raise ValueError(_MISSING_SAMPLED_GRADS)
         use_gradients = fisher == "empirical" and warm_start is None
         t, n = state.count, state.statistics_count
-        plain_mean = 1 / (n + 1)
+        plain_mean = 1 / as_float(n + 1)
         if warm_start is None:
             absorb_now = _is_due(t, statistics_period)
-            refresh_now = _is_due(t, inverse_period) | (absorb_now & (t < _int32(inverse_period)))
-            weight = jnp.maximum(1 - _float(decay), plain_mean)
+            refresh_now = _is_due(t, inverse_period) | (absorb_now & (t < as_int32(inverse_period)))
+            weight = jnp.maximum(1 - as_float(decay), plain_mean)
         else:
             absorb_now, refresh_now, weight = warm_start == "absorb", warm_start == "refresh", plain_mean
 
@@ -131,11 +131,13 @@ def scale_by_tnt(
             if not use_gradients:
                 sampled = sampled_grads() if callable(sampled_grads) else sampled_grads
                 gradients = checks.match("sampled_grads", sampled, updates)
-            return jax.tree.map(lambda g, v, c: _moving_average(g, v, c, weight), gradients, view, old_contractions)
+            return jax.tree.map(
+                lambda g, v, c: factors.average_contractions(g, v, c, weight), gradients, view, old_contractions
+            )
 
         def refresh() -> Any:
-            eps = _float(_at(damping, t))
-            return jax.tree.map(lambda _, v, c: _damped_inverses(v, c, eps), updates, view, contractions)
+            eps = as_float(_at(damping, t))
+            return jax.tree.map(lambda _, v, c: factors.damped_inverses(v, c, eps), updates, view, contractions)
 
         contractions = _cond(absorb_now, absorb, lambda: old_contractions)
         inverses = _cond(refresh_now, refresh, lambda: old_inverses)
@@ -148,11 +150,11 @@ def scale_by_tnt(
             return updates, state
 
         accumulated = jax.tree.map(
-            lambda m, g: _float(momentum).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, updates
+            lambda m, g: as_float(momentum).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, updates
         )
-        direction = jax.tree.map(_precondition, view, accumulated, inverses, is_leaf=_is_modes)
+        direction = jax.tree.map(factors.precondition, view, accumulated, inverses, is_leaf=_is_modes)
         if trust_radius is not None:
-            direction = _bound(direction, accumulated, _float(_at(trust_radius, t)))
+            direction = _bound(direction, accumulated, as_float(_at(trust_radius, t)))
         direction = jax.tree.map(lambda p, g: p.astype(g.dtype), direction, updates)
         return direction, state._replace(count=optax.safe_increment(state.count), momentum=accumulated)
 
@@ -220,13 +222,15 @@ def tnt(
     """
     if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
         raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay}.")
-    if trust_radius is None or learning_rate is None:
-        radius = trust_radius
-    else:
-        # The step is learning_rate times the direction.
-        def radius(t: jax.Array) -> jax.Array:
-            return _float(_at(trust_radius, t)) / _float(_at(learning_rate, t))
+    radius = trust_radius
+    if trust_radius is not None and learning_rate is not None:
+        if not callable(trust_radius):
+            checks.check_positive("trust_radius", trust_radius)
 
+        def radius_of_direction(t: Any) -> jax.Array:  # The step is learning_rate times the direction.
+            return as_float(_at(trust_radius, t)) / as_float(_at(learning_rate, t))
+
+        radius = radius_of_direction
     no_decay = isinstance(weight_decay, (int, float)) and weight_decay == 0
     return optax.chain(
         scale_by_tnt(
@@ -246,132 +250,24 @@ def tnt(
     )
 
 
-def warm_start(
-    tx: optax.GradientTransformation,
-    opt_state: optax.OptState,
-    params: optax.Params,
-    sampled_grads: Iterable[Any],
-) -> optax.OptState:
-    """Estimates the statistics before the first step, and computes the inverses from them.
-
-    The contractions become the plain mean over all sampled gradients (together with what they had absorbed before).
-    The paper makes one pass over the data at the initial parameters; ten batches already serve.
-
-    Args:
-      tx: the optimizer; the `TNTState` may lie inside chained, masked, partitioned or injected states.
-      opt_state: its state. Only the statistics and the inverses in it change.
-      params: the parameters at which the sampled gradients were taken.
-      sampled_grads: an iterable, best a generator, of trees like `params` or of the functions that
-        `value_and_sampled_grad` returns. It is read one by one, so that only one is alive at a time.
-
-    Returns:
-      The new `opt_state`.
-
-    Raises:
-      ValueError: `sampled_grads` is empty, `opt_state` holds no `TNTState`, or `tx` did not hand it on to it; and
-        what `update` raises for a sampled gradient that does not fit.
-    """
-    before = _tnt_states(opt_state)
-    if not before:
-        raise ValueError(
-            "opt_state: expected a TNTState somewhere in it, found none: is it the state of another optimizer?"
-        )
-
-    @functools.partial(jax.jit, static_argnames="stage")
-    def advance(opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: str) -> optax.OptState:
-        _, new = optax.with_extra_args_support(tx).update(
-            optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage
-        )
-        # Only the TNTStates: whatever else counts steps (schedules, say) has not seen one.
-        return jax.tree.map(lambda o, n: n if _is_tnt_state(o) else o, opt_state, new, is_leaf=_is_tnt_state)
-
-    empty = True
-    for gradient in sampled_grads:
-        empty = False
-        # A Partial is a pytree, and so compiled with the rest; another function has to be called first.
-        if callable(gradient) and not isinstance(gradient, Partial):
-            gradient = gradient()
-        opt_state = advance(opt_state, params, gradient, "absorb")
-    if empty:
-        raise ValueError("sampled_grads: expected at least one sampled gradient, got an empty iterable.")
-    opt_state = advance(opt_state, params, None, "refresh")
-
-    counts = [(old.statistics_count, new.statistics_count) for old, new in zip(before, _tnt_states(opt_state))]
-    if any(not isinstance(new, jax.core.Tracer) and int(new) == int(old) for old, new in counts):
-        raise ValueError(
-            "tx: did not hand the sampled gradients on to its TNTState. Warm-start the transformation inside it with its "
-            "own state (for optax.MultiSteps: the wrapped optimizer with `opt_state.inner_opt_state`)."
-        )
-    return opt_state
-
-
 def _is_modes(node: Any) -> bool:
     return isinstance(node, Modes)
 
 
-def _is_tnt_state(node: Any) -> bool:
-    return isinstance(node, TNTState)
-
-
-def _tnt_states(opt_state: optax.OptState) -> list[TNTState]:
-    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_tnt_state) if _is_tnt_state(node)]
-
-
-def _moving_average(
-    gradient: jax.Array, view: Modes, contractions: tuple[jax.Array, ...], weight: jax.Array
-) -> tuple[jax.Array, ...]:
-    """C_i <- (1-w) C_i + w G^(i), for every mode i."""
-
-    def of_one_tensor(tensor: jax.Array, *averages: jax.Array) -> tuple[jax.Array, ...]:
-        w = weight.astype(tensor.dtype)
-        return tuple(
-            (1 - w) * average + w * factors.contraction(tensor, mode, diagonal=average.ndim == 1)
-            for mode, average in enumerate(averages)
-        )
-
-    tensor = to_tensor(gradient.astype(contractions[0].dtype), view)
-    return _over_batch(of_one_tensor, view)(tensor, *contractions)
-
-
-def _damped_inverses(view: Modes, contractions: tuple[jax.Array, ...], damping: jax.Array) -> tuple[jax.Array, ...]:
-    """P_i = (U_i + eps I)^-1, for every mode i."""
-
-    def of_one_tensor(*averages: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(factors.damped_inverse(u, damping.astype(u.dtype)) for u in factors.identify(averages))
-
-    return _over_batch(of_one_tensor, view)(*contractions)
-
-
-def _precondition(view: Modes, momentum: jax.Array, inverses: tuple[jax.Array, ...]) -> jax.Array:
-    """p = m x_1 P_1 ... x_k P_k."""
-
-    def of_one_tensor(tensor: jax.Array, *matrices: jax.Array) -> jax.Array:
-        return factors.mode_products(tensor, matrices)
-
-    direction = _over_batch(of_one_tensor, view)(to_tensor(momentum, view), *inverses)
-    return from_tensor(direction, view, momentum.shape)
-
-
 def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
     """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2."""
-    products = jax.tree.map(lambda p, m: _float(jnp.vdot(p, m, precision=lax.Precision.HIGHEST)), direction, momentum)
+    products = jax.tree.map(lambda p, m: as_float(jnp.vdot(p, m, precision=lax.Precision.HIGHEST)), direction, momentum)
     squared_norm = jnp.maximum(optax.tree.sum(products), 0)  # Rounding may take it below.
     scale = jnp.minimum(1, radius * lax.rsqrt(squared_norm))
     return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction)
 
 
-def _over_batch(function: Callable[..., Any], view: Modes) -> Callable[..., Any]:
-    for _ in view.batch:
-        function = jax.vmap(function)
-    return function
-
-
-def _at(value: NumberOrSchedule, t: jax.Array) -> Number:
+def _at(value: NumberOrSchedule, t: jax.Array) -> jax.typing.ArrayLike:
     return value(t) if callable(value) else value
 
 
 def _is_due(t: jax.Array, period: int | jax.Array) -> bool | jax.Array:
-    return True if isinstance(period, int) and period == 1 else t % _int32(period) == 0
+    return True if isinstance(period, int) and period == 1 else t % as_int32(period) == 0
 
 
 def _cond(predicate: bool | jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
@@ -381,23 +277,10 @@ def _cond(predicate: bool | jax.Array, if_true: Callable[[], Any], if_false: Cal
     return lax.cond(predicate, if_true, if_false)
 
 
-def _statistics_dtype(x: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
-
-
-def _float(x: Number) -> jax.Array:
-    # Hyper-parameters may come as arrays of any dtype, for example from `optax.inject_hyperparams`.
-    return jnp.asarray(x, jnp.result_type(float))
-
-
-def _int32(x: Number) -> jax.Array:
-    return jnp.asarray(x, jnp.int32)
-
-
 _MISSING_SAMPLED_GRADS = (
     "sampled_grads: expected, with fisher='sampled', the gradient for targets sampled from the model (or the function "
     "that returns it), got None. Take it from tnt_optax.value_and_sampled_grad and call "
-    "tx.update(grads, opt_state, params, sampled_grads=sampled_grads). flax.nnx.Optimizer.update forwards it; with Flax "
-    "Linen use tnt_optax.linen.TrainState, because Flax's own TrainState does not. To use the gradients themselves "
-    "instead, say fisher='empirical'."
+    "tx.update(grads, opt_state, params, sampled_grads=sampled_grads). flax.nnx.Optimizer.update forwards it; with "
+    "Flax Linen use tnt_optax.linen.TrainState, because Flax's own TrainState does not. To use the gradients "
+    "themselves instead, say fisher='empirical'."
 )

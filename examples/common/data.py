@@ -1,7 +1,7 @@
 """Real images as arrays in memory, with pixels in [0, 1]."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def digits() -> Images:
     """The 1,797 handwritten 8x8 digits that ship inside scikit-learn; every fifth one is for testing."""
     from sklearn.datasets import load_digits
 
-    images = (load_digits().data / 16).astype(np.float32)
+    images = (load_digits(return_X_y=True)[0] / 16).astype(np.float32)
     test = np.arange(len(images)) % 5 == 0
     return Images(images[~test], images[test])
 
@@ -32,8 +32,9 @@ def mnist(data_dir: Path | None = None) -> Images:
     import tensorflow_datasets as tfds
 
     def split(name: str) -> np.ndarray:
-        source = tfds.data_source("mnist", split=name, data_dir=data_dir, download=data_dir is None)
-        images = np.stack([example["image"] for example in source.__getitems__(list(range(len(source))))])
+        source: Any = tfds.data_source("mnist", split=name, data_dir=data_dir, download=data_dir is None)
+        # One call for all of them is three times as fast as one for each.
+        images = np.stack([example["image"] for example in source.__getitems__(range(len(source)))])
         return images.reshape(len(images), -1).astype(np.float32) / 255
 
     return Images(split("train"), split("test"))

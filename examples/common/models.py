@@ -1,5 +1,6 @@
 """The models of the examples, in Flax NNX."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ class Autoencoder(nnx.Module):
         self.code = len(widths) - 1
         self.layers = nnx.List(
             nnx.Linear(n, m, kernel_init=_uniform(n), bias_init=_uniform(n), rngs=rngs)
-            for n, m in zip(sizes[:-1], sizes[1:], strict=True)
+            for n, m in itertools.pairwise(sizes)
         )
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from rich.table import Table
 from common.training import Curve
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 COLORS = {"TNT": "tab:red", "Adam": "tab:blue", "SGD-m": "tab:green"}
 

@@ -1,0 +1,423 @@
+"""The transformation: against Algorithm 3 in float64 NumPy, and as a part of Optax."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from absl.testing import parameterized
+
+import tnt_optax
+from tnt_optax import Modes, TNTState, scale_by_tnt, tnt
+
+# Parameters of every rank from 0 to 5, with the shapes in which they are preconditioned.
+SHAPES = {
+    "scalar": ((), (1,)),
+    "bias": ((5,), (5,)),
+    "dense": ((4, 6), (4, 6)),
+    "conv1d": ((3, 2, 4), (3, 2, 4)),
+    "conv2d": ((3, 2, 4, 3), (6, 4, 3)),
+    "conv3d": ((2, 1, 3, 2, 3), (6, 2, 3)),
+}
+SHORT = {"statistics_period": 2, "inverse_period": 3}
+VIEWS = [view for _, view in SHAPES.values()]
+
+
+def random_trees(seed, steps, dtype=jnp.float32, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return [{k: jnp.asarray(scale * rng.normal(size=s), dtype) for k, (s, _) in SHAPES.items()} for _ in range(steps)]
+
+
+def as_views(tree):
+    """What the reference takes: float64 arrays in the views in which they are preconditioned."""
+    return [np.asarray(tree[k], np.float64).reshape(view) for k, (_, view) in SHAPES.items()]
+
+
+def assert_same_params(params, expected, rtol):
+    for name, ours, theirs in zip(SHAPES, as_views(params), expected, strict=True):
+        scale = max(np.abs(theirs).max(), 1.0)
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * scale, err_msg=name)
+
+
+class AgainstTheReference(parameterized.TestCase):
+    @parameterized.product(
+        periods=[(1, 1), (2, 5), (3, 4), (10, 4)],
+        warm=[False, True],
+        max_dim=[1000, 4],
+    )
+    def test_27_steps(self, periods, warm, max_dim):
+        statistics_period, inverse_period = periods
+        hyperparams = {
+            "damping": 0.05,
+            "decay": 0.8,
+            "momentum": 0.7,
+            "weight_decay": 0.1,
+            "statistics_period": statistics_period,
+            "inverse_period": inverse_period,
+            "max_dim": max_dim,
+        }
+        tx = tnt(0.02, **hyperparams)
+        truth = reference.TNT(VIEWS, learning_rate=0.02, **hyperparams)
+        (params,) = random_trees(0, 1)
+        expected = as_views(params)
+        opt_state = tx.init(params)
+        if warm:
+            batches = random_trees(1, 14)  # More than 1/(1-decay): a plain mean, not a moving average.
+            opt_state = tnt_optax.warm_start(tx, opt_state, params, batches)
+            truth.warm_start([as_views(batch) for batch in batches])
+        update = jax.jit(tx.update)
+        for grads, sampled in zip(random_trees(2, 27), random_trees(3, 27), strict=True):
+            updates, opt_state = update(grads, opt_state, params, sampled_grads=sampled)
+            params = optax.apply_updates(params, updates)
+            expected = truth.step(expected, as_views(grads), as_views(sampled))
+        # Inverses of condition number up to 1e3 in float32, three of them in a row, summed over 27 steps.
+        assert_same_params(params, expected, rtol=2e-4)
+        state = opt_state[0]
+        assert int(state.count) == 27
+        assert int(state.statistics_count) == truth.n
+
+    @parameterized.parameters("sampled_function", "empirical")
+    def test_the_other_ways_to_give_the_statistics(self, way):
+        fisher = "empirical" if way == "empirical" else "sampled"
+        hyperparams = {"damping": 0.05, "statistics_period": 2, "inverse_period": 5}
+        tx, truth = tnt(0.02, fisher=fisher, **hyperparams), reference.TNT(VIEWS, learning_rate=0.02, **hyperparams)
+        (params,) = random_trees(0, 1)
+        expected, opt_state = as_views(params), tx.init(params)
+
+        @jax.jit
+        def step(params, opt_state, grads, sampled):
+            extra = {} if way == "empirical" else {"sampled_grads": lambda: sampled}
+            updates, opt_state = tx.update(grads, opt_state, params, **extra)
+            return optax.apply_updates(params, updates), opt_state
+
+        for grads, sampled in zip(random_trees(2, 25), random_trees(3, 25), strict=True):
+            params, opt_state = step(params, opt_state, grads, sampled)
+            expected = truth.step(expected, as_views(grads), as_views(grads if way == "empirical" else sampled))
+        assert_same_params(params, expected, rtol=2e-4)
+
+
+def test_float64_agrees_to_float64_precision():
+    with jax.enable_x64(True):
+        hyperparams = {"damping": 0.05, "statistics_period": 2, "inverse_period": 5}
+        tx, truth = tnt(0.02, **hyperparams), reference.TNT(VIEWS, learning_rate=0.02, **hyperparams)
+        (params,) = random_trees(0, 1, jnp.float64)
+        expected, opt_state, update = as_views(params), tx.init(params), jax.jit(tx.update)
+        steps = zip(random_trees(2, 25, jnp.float64), random_trees(3, 25, jnp.float64), strict=True)
+        for grads, sampled in steps:
+            updates, opt_state = update(grads, opt_state, params, sampled_grads=sampled)
+            params = optax.apply_updates(params, updates)
+            expected = truth.step(expected, as_views(grads), as_views(sampled))
+        trees = (opt_state[0].momentum, opt_state[0].contractions, opt_state[0].inverses)
+        assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(trees))
+        # Condition numbers of 1e3 times 2e-16, and room for 25 steps.
+        assert_same_params(params, expected, rtol=1e-10)
+
+
+def test_contractions_and_inverses_in_the_state():
+    params = {"w": jnp.ones((3, 4)), "long": jnp.ones((2, 9))}
+    tx = scale_by_tnt(damping=0.3, max_dim=8)
+    state = tx.init(params)
+    assert isinstance(state, TNTState)
+    chex.assert_shape(state.contractions["w"], [(3, 3), (4, 4)])
+    chex.assert_shape(state.inverses["long"], [(2, 2), (9,)])
+    chex.assert_trees_all_equal_shapes(state.momentum, params)
+    grads, sampled = jax.tree.map(jnp.cos, params), {"w": jnp.arange(12.0).reshape(3, 4), "long": jnp.ones((2, 9))}
+    _, state = tx.update(grads, state, sampled_grads=sampled)
+    expected = [reference.contraction(np.arange(12.0).reshape(3, 4), mode) for mode in range(2)]
+    for c, p, c_expected, u in zip(
+        state.contractions["w"], state.inverses["w"], expected, reference.identify(expected), strict=True
+    ):
+        np.testing.assert_allclose(c, c_expected, rtol=1e-6)
+        np.testing.assert_allclose(p, np.linalg.inv(u + 0.3 * np.eye(len(u))), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.contractions["long"][1], np.full(9, 2.0), rtol=1e-6)
+
+
+def test_a_batch_axis_equals_separate_parameters():
+    rng = np.random.default_rng(0)
+    stacks = [jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32) for _ in range(8)]
+    stacked = tnt(0.1, modes=lambda path, shape: Modes(((0,), (2,)), batch=(1,)), inverse_period=3, statistics_period=2)
+    separate = tnt(0.1, inverse_period=3, statistics_period=2)
+    s, p = stacked.init({"w": stacks[0]}), separate.init([stacks[0][:, i] for i in range(4)])
+    for g, sampled in zip(stacks[:4], stacks[4:], strict=True):
+        u, s = stacked.update({"w": g}, s, sampled_grads={"w": sampled})
+        v, p = separate.update([g[:, i] for i in range(4)], p, sampled_grads=[sampled[:, i] for i in range(4)])
+        # The same float32 operations, batched.
+        np.testing.assert_allclose(u["w"], jnp.stack(v, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_merged_modes_equal_the_reshaped_parameter():
+    rng = np.random.default_rng(0)
+    g, sampled = (jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32) for _ in range(2))
+
+    def modes(path, shape):
+        return Modes(((0, 1), (2,))) if path[-1].key == "merged" else None
+
+    tx = tnt(modes=modes)
+    grads = {"merged": g, "reshaped": g.reshape(6, 4)}
+    u, _ = tx.update(grads, tx.init(grads), sampled_grads={"merged": sampled, "reshaped": sampled.reshape(6, 4)})
+    np.testing.assert_allclose(u["merged"].reshape(6, 4), u["reshaped"], rtol=1e-6)
+
+
+def test_schedules_of_learning_rate_damping_and_trust_radius():
+    """A schedule is evaluated at the step, the damping at the steps that refresh the inverses."""
+    grads, sampled = random_trees(0, 6), random_trees(1, 6)
+    rates, dampings = jnp.array([0.1, 0.2, 0.05, 0.4, 0.3, 0.1]), jnp.array([1.0, 0.5, 9.0, 0.2, 9.0, 9.0])
+    scheduled = tnt(lambda t: rates[t], damping=lambda t: dampings[t], statistics_period=2, inverse_period=3)
+    state = scheduled.init(grads[0])
+    hand_state = scale_by_tnt().init(grads[0])
+    refresh_damping = [1.0, 1.0, 9.0, 0.2, 0.2, 0.2]  # Refreshed at t = 0, 2 (because 2 < T2) and 3.
+    for t in range(6):
+        u, state = scheduled.update(grads[t], state, sampled_grads=sampled[t])
+        tx = scale_by_tnt(damping=refresh_damping[t], statistics_period=2, inverse_period=3)
+        p, hand_state = tx.update(grads[t], hand_state, sampled_grads=sampled[t])
+        chex.assert_trees_all_close(u, jax.tree.map(lambda x, r=rates[t]: -r * x, p), rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_learning_rate_the_direction_is_neither_negated_nor_scaled():
+    (grads,), (sampled,) = random_trees(0, 1), random_trees(1, 1)
+    direction = tnt(weight_decay=0.1)
+    step = tnt(0.5, weight_decay=0.1)
+    u, _ = direction.update(grads, direction.init(grads), grads, sampled_grads=sampled)
+    v, _ = step.update(grads, step.init(grads), grads, sampled_grads=sampled)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: -0.5 * x, u), v, rtol=1e-6)
+    chained = optax.chain(tnt(weight_decay=0.1), optax.scale_by_schedule(lambda count: -0.5))
+    w, _ = chained.update(grads, chained.init(grads), grads, sampled_grads=sampled)
+    chex.assert_trees_all_close(w, v, rtol=1e-6)
+
+
+def test_weight_decay_mask():
+    (grads,), (sampled,), (params,) = (random_trees(seed, 1) for seed in range(3))
+    plain, decayed = tnt(0.5), tnt(0.5, weight_decay=0.1, weight_decay_mask=lambda p: {k: k == "dense" for k in p})
+    u, _ = plain.update(grads, plain.init(params), params, sampled_grads=sampled)
+    v, _ = decayed.update(grads, decayed.init(params), params, sampled_grads=sampled)
+    u["dense"] -= 0.5 * 0.1 * params["dense"]
+    chex.assert_trees_all_close(u, v, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("learning_rate", [None, 0.2, lambda t: 0.1 * jnp.float32(t + 1)])
+@pytest.mark.parametrize("trust_radius", [0.05, lambda t: 0.03 * jnp.float32(t + 1)])
+def test_trust_radius_bounds_the_step_in_the_metric_of_the_factors(learning_rate, trust_radius):
+    grads, sampled = random_trees(0, 4), random_trees(1, 4)
+    free = scale_by_tnt(damping=0.1, statistics_period=1, inverse_period=2)
+    bounded = tnt(learning_rate, damping=0.1, statistics_period=1, inverse_period=2, trust_radius=trust_radius)
+    free_state, state = free.init(grads[0]), bounded.init(grads[0])
+    for t in range(4):
+        p, free_state = free.update(grads[t], free_state, sampled_grads=sampled[t])
+        u, state = jax.jit(bounded.update)(grads[t], state, sampled_grads=sampled[t])
+        rate = learning_rate(t) if callable(learning_rate) else learning_rate or 1.0
+        radius = trust_radius(t) if callable(trust_radius) else trust_radius
+        # <u, F u> with the dense, damped factors, in float64.
+        squared_norm = 0.0
+        for name, leaf in zip(SHAPES, as_views(jax.tree.map(lambda x, r=rate: r * x, p)), strict=True):
+            metric = leaf
+            for mode, inverse in enumerate(free_state.inverses[name]):
+                metric = reference.mode_product(metric, np.linalg.inv(np.asarray(inverse, float)), mode)
+            squared_norm += np.vdot(leaf, metric)
+        assert squared_norm > radius**2  # Else the bound would not be tested.
+        scale = radius / np.sqrt(squared_norm) * rate * (1 if learning_rate is None else -1)
+        # The metric is computed from float32 inverses of condition number up to 1e3.
+        chex.assert_trees_all_close(u, jax.tree.map(lambda x, s=scale: jnp.float32(s) * x, p), rtol=2e-3, atol=1e-6)
+
+
+def test_a_large_trust_radius_changes_nothing():
+    (grads,), (sampled,) = random_trees(0, 1), random_trees(1, 1)
+    free, bounded = tnt(0.1), tnt(0.1, trust_radius=1e6)
+    u, _ = free.update(grads, free.init(grads), sampled_grads=sampled)
+    v, _ = bounded.update(grads, bounded.init(grads), sampled_grads=sampled)
+    chex.assert_trees_all_close(u, v, rtol=1e-6)
+
+
+def test_zero_gradients_and_statistics_give_zero_updates_and_a_finite_state():
+    """A dead layer: U = 0 and P = I/damping, and with a trust radius 0/0 is not computed."""
+    zeros = jax.tree.map(jnp.zeros_like, random_trees(0, 1)[0])
+    tx = tnt(0.1, damping=0.25, trust_radius=0.1)
+    u, state = tx.update(zeros, tx.init(zeros), sampled_grads=zeros)
+    chex.assert_trees_all_equal(u, jax.tree.map(lambda x: -x, zeros))
+    chex.assert_tree_all_finite(state)
+    np.testing.assert_allclose(state[0].inverses["bias"][0], 4 * np.eye(5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtypes(dtype):
+    """Updates have the gradients' dtype, the state is float32, and only the cast to `dtype` separates the results."""
+    (grads,), (sampled,) = random_trees(0, 1, dtype), random_trees(1, 1, dtype)
+    tx = tnt(0.1, damping=0.1)
+    step = jax.jit(lambda g, s, G: tx.update(g, s, sampled_grads=lambda: G))
+    u, state = step(grads, tx.init(grads), sampled)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(u))
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+    wide_grads, wide_sampled = optax.tree.cast((grads, sampled), jnp.float32)
+    expected, _ = tx.update(wide_grads, tx.init(wide_grads), sampled_grads=wide_sampled)
+    eps = float(jnp.finfo(dtype).eps)
+    # The direction is rounded once to `dtype`, and once more after multiplication by the learning rate.
+    chex.assert_trees_all_close(optax.tree.cast(u, jnp.float32), expected, rtol=2 * eps + 1e-5, atol=1e-5)
+
+
+def test_mixed_dtypes_and_none_and_empty_and_scalar_leaves():
+    grads = {
+        "half": jnp.ones((3, 2), jnp.bfloat16),
+        "single": jnp.ones((2, 2)),
+        "none": None,
+        "empty": jnp.zeros((0, 3)),
+        "scalar": jnp.float32(2.0),
+        "nothing": (),
+    }
+    tx = tnt(0.1, trust_radius=0.5)
+    u, state = jax.jit(lambda g, s: tx.update(g, s, g, sampled_grads=lambda: g))(grads, tx.init(grads))
+    chex.assert_trees_all_equal_shapes_and_dtypes(u, grads)
+    chex.assert_tree_all_finite((u, state))
+
+
+def test_init_reads_only_shapes_and_dtypes():
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, (s, _) in SHAPES.items()}
+    tx = tnt(0.1)
+    state = tx.init(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params))
+    chex.assert_trees_all_equal(tx.init(params), state)
+    abstract = jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, state)
+
+
+def test_map_params_finds_the_trees_that_are_like_the_parameters():
+    (params,) = random_trees(0, 1)
+    tx = tnt(0.1)
+    state = tx.init(params)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, state), state)
+    ones = optax.tree.map_params(tx, jnp.ones_like, state)
+    assert int(ones[0].count) == 0
+    assert all(np.all(x == 1) for x in jax.tree.leaves((ones[0].momentum, ones[0].contractions, ones[0].inverses)))
+
+
+def run(tx, params, steps=6, jit=True, **extra):
+    state = tx.init(params)
+    update = jax.jit(tx.update) if jit else tx.update
+    for grads, sampled in zip(random_trees(5, steps), random_trees(6, steps), strict=True):
+        updates, state = update(grads, state, params, sampled_grads=sampled, **extra)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_inject_hyperparams_equals_plain(jit):
+    (params,) = random_trees(0, 1)
+    hyperparams = {
+        "learning_rate": 0.1,
+        "damping": 0.2,
+        "statistics_period": 2,
+        "inverse_period": 3,
+        "weight_decay": 0.1,
+        "trust_radius": 0.3,
+    }
+    injected = optax.inject_hyperparams(tnt, static_args=("modes", "max_dim"))(**hyperparams)
+    ours, state = run(injected, params, jit=jit)
+    expected, _ = run(tnt(**hyperparams), params, jit=jit)
+    # Numbers as arrays instead of constants, which XLA may fold in another way.
+    chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert {"damping", "decay", "momentum", "inverse_period"} <= set(state.hyperparams)
+
+
+def test_inject_hyperparams_without_static_args_and_a_schedule():
+    (params,) = random_trees(0, 1)
+    injected = optax.inject_hyperparams(tnt)(learning_rate=lambda t: 0.1 / jnp.float32(t + 1), damping=0.2)
+    expected, _ = run(tnt(lambda t: 0.1 / jnp.float32(t + 1), damping=0.2), params)
+    chex.assert_trees_all_close(run(injected, params)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_extra_arguments_are_accepted():
+    (params,) = random_trees(0, 1)
+    chex.assert_trees_all_equal(run(tnt(0.1), params)[0], run(tnt(0.1), params, value=1.0, loss_fn=3)[0])
+
+
+def test_no_recompilation_on_the_second_call():
+    (params,) = random_trees(0, 1)
+    tx = tnt(0.1)
+    update = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = update(params, state, params, sampled_grads=params)
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    def test_every_way_to_call_update(self):
+        grads, sampled = random_trees(2, 4), random_trees(3, 4)
+        tx, truth = tnt(0.1, **SHORT), reference.TNT(VIEWS, learning_rate=0.1, damping=0.01, **SHORT)
+        state, update = self.variant(tx.init)(grads[0]), self.variant(tx.update)
+        params, expected = grads[0], as_views(grads[0])
+        for g, s in zip(grads, sampled, strict=True):
+            updates, state = update(g, state, params, sampled_grads=s)
+            params = optax.apply_updates(params, updates)
+            expected = truth.step(expected, as_views(g), as_views(s))
+        # Damping 0.01: condition numbers up to 1e4 of the factors.
+        assert_same_params(params, expected, rtol=1e-3)
+
+
+def test_masked_and_partition_with_full_sampled_gradients():
+    (params,) = random_trees(0, 1)
+
+    def labels(tree):
+        return {k: "tnt" if k in ("dense", "conv2d") else "sgd" for k in tree}
+
+    expected, _ = run(tnt(0.1), params)
+    plain_sgd = params
+    for grads in random_trees(5, 6):
+        plain_sgd = jax.tree.map(lambda p, g: p - 0.1 * g, plain_sgd, grads)
+    for lazy in (False, True):
+        tx = optax.partition({"tnt": tnt(0.1), "sgd": optax.sgd(0.1)}, labels)
+        ours, state = params, tx.init(params)
+        for grads, sampled in zip(random_trees(5, 6), random_trees(6, 6), strict=True):
+            extra = (lambda tree=sampled: tree) if lazy else sampled
+            updates, state = tx.update(grads, state, ours, sampled_grads=extra)
+            ours = optax.apply_updates(ours, updates)
+        for name, label in labels(params).items():
+            truth = expected if label == "tnt" else plain_sgd
+            np.testing.assert_allclose(ours[name], truth[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_in_wrappers_that_forward_extra_arguments():
+    (params,) = random_trees(0, 1)
+    expected, _ = run(tnt(0.1), params)
+    for tx in (optax.apply_if_finite(tnt(0.1), 3), optax.named_chain(("a", optax.identity()), ("b", tnt(0.1)))):
+        chex.assert_trees_all_close(run(tx, params)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_optax_tree_get_and_set():
+    (params,) = random_trees(0, 1)
+    _, state = run(tnt(0.1), params)
+    assert int(optax.tree.get(state, "statistics_count")) == 1
+    # The states of wrappers and of schedules have a `count` too.
+    assert int(optax.tree.get(state, "count", filtering=lambda path, _: "TNTState" in str(path))) == 6
+    assert int(optax.tree.get(optax.tree.set(state, statistics_count=jnp.int32(9)), "statistics_count")) == 9
+
+
+def test_vmapped_optimizers_equal_separate_ones():
+    grads, sampled = random_trees(0, 3), random_trees(1, 3)
+    tx = tnt(0.1)
+    together = jax.vmap(lambda g, s: tx.update(g, tx.init(g), sampled_grads=s)[0])(
+        jax.tree.map(lambda *x: jnp.stack(x), *grads),
+        jax.tree.map(lambda *x: jnp.stack(x), *sampled),
+    )
+    for i in range(3):
+        alone, _ = tx.update(grads[i], tx.init(grads[i]), sampled_grads=sampled[i])
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_it_minimizes_a_parabola_of_matrices(fisher):
+    target = jnp.arange(6.0).reshape(2, 3)
+    # The empirical factors vanish with the gradient: then P = I/damping, which bounds the learning rate.
+    hyperparams = {"sampled": (0.02, 0.1), "empirical": (0.3, 1.0)}[fisher]
+    tx = tnt(hyperparams[0], damping=hyperparams[1], momentum=0.5, fisher=fisher)
+    params = jnp.zeros((2, 3))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, key):
+        grads = params - target
+        updates, state = tx.update(grads, state, params, sampled_grads=jax.random.normal(key, (2, 3)))
+        return optax.apply_updates(params, updates), state
+
+    for t in range(500):
+        params, state = step(params, state, jax.random.key(t))
+    np.testing.assert_allclose(params, target, atol=1e-2)

@@ -1,0 +1,82 @@
+"""Statistics before the first step: the paper's warm start."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+import jax.core
+import optax
+from jax.tree_util import Partial
+
+from tnt_optax.transform import TNTState
+
+Stage = Literal["absorb", "refresh"]
+
+
+def warm_start(
+    tx: optax.GradientTransformation,
+    opt_state: optax.OptState,
+    params: optax.Params,
+    sampled_grads: Iterable[Any],
+) -> optax.OptState:
+    """Estimates the statistics before the first step, and computes the inverses from them.
+
+    The contractions become the plain mean over all sampled gradients (together with what they had absorbed before).
+    The paper makes one pass over the data at the initial parameters; ten batches already serve.
+
+    Args:
+      tx: the optimizer; the `TNTState` may lie inside chained, masked, partitioned or injected states.
+      opt_state: its state. Only the statistics and the inverses in it change.
+      params: the parameters at which the sampled gradients were taken.
+      sampled_grads: an iterable, best a generator, of trees like `params` or of the functions that
+        `value_and_sampled_grad` returns. It is read one by one, so that only one is alive at a time.
+
+    Returns:
+      The new `opt_state`.
+
+    Raises:
+      ValueError: `sampled_grads` is empty, `opt_state` holds no `TNTState`, or `tx` did not hand it on to it; and
+        what `update` raises for a sampled gradient that does not fit.
+    """
+    before = _tnt_states(opt_state)
+    if not before:
+        raise ValueError(
+            "opt_state: expected a TNTState somewhere in it, found none: is it the state of another optimizer?"
+        )
+
+    @functools.partial(jax.jit, static_argnames="stage")
+    def advance(opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: Stage) -> optax.OptState:
+        _, new = optax.with_extra_args_support(tx).update(
+            optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage
+        )
+        # Only the TNTStates: whatever else counts steps (schedules, say) has not seen one.
+        return jax.tree.map(lambda o, n: n if _is_tnt_state(o) else o, opt_state, new, is_leaf=_is_tnt_state)
+
+    empty = True
+    for gradient in sampled_grads:
+        empty = False
+        # A Partial is a pytree, and so compiled with the rest; another function has to be called first.
+        if callable(gradient) and not isinstance(gradient, Partial):
+            gradient = gradient()
+        opt_state = advance(opt_state, params, gradient, "absorb")
+    if empty:
+        raise ValueError("sampled_grads: expected at least one sampled gradient, got an empty iterable.")
+    opt_state = advance(opt_state, params, None, "refresh")
+
+    for old, new in zip(before, _tnt_states(opt_state), strict=True):
+        traced = isinstance(new.statistics_count, jax.core.Tracer)
+        if not traced and int(new.statistics_count) == int(old.statistics_count):
+            raise ValueError(
+                "tx: it did not hand the sampled gradients on to its TNTState. Warm-start the transformation inside it "
+                "with its own state (for optax.MultiSteps: the wrapped optimizer with `opt_state.inner_opt_state`)."
+            )
+    return opt_state
+
+
+def _is_tnt_state(node: Any) -> bool:
+    return isinstance(node, TNTState)
+
+
+def _tnt_states(opt_state: optax.OptState) -> list[TNTState]:
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_tnt_state) if _is_tnt_state(node)]
