@@ -49,7 +49,10 @@ PRESETS = {
 def main() -> None:
     args = parse_args()
     console = Console()
-    problem, title = make_problem(args)
+    try:
+        problem, title = make_problem(args)
+    except FileNotFoundError as error:
+        raise SystemExit(f"--data-dir: {error}") from None
     optimizers = make_optimizers(args)
     console.print(
         f"[bold]{title}[/bold]: {len(problem.train[0])} training and {len(problem.test[0])} test images, batches of "

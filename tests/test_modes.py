@@ -51,7 +51,7 @@ def test_modes_function_gets_path_and_shape_and_none_is_the_default():
     def modes(path, shape):
         seen.append((path, shape))
 
-    assert resolve(modes, ("here",), (2, 3)) == default_modes((2, 3))  # pyright: ignore[reportArgumentType]
+    assert resolve(modes, ("here",), (2, 3)) == default_modes((2, 3))
     assert seen == [(("here",), (2, 3))]
 
 
@@ -74,6 +74,6 @@ def test_modes_that_do_not_cover_the_axes(modes):
 
 def test_modes_of_a_wrong_type():
     with pytest.raises(TypeError, match=r"expected a tnt_optax.Modes or None, got tuple"):
-        resolve(lambda path, shape: ((0,), (1,)), (), (2, 3))  # pyright: ignore[reportArgumentType]
+        resolve(lambda path, shape: ((0,), (1,)), (), (2, 3))
     with pytest.raises(TypeError, match=r"tuple of tuples of axes"):
-        resolve(lambda path, shape: Modes((0, 1)), (), (2, 3))  # pyright: ignore[reportArgumentType]
+        resolve(lambda path, shape: Modes((0, 1)), (), (2, 3))

@@ -70,7 +70,10 @@ def match(name: str, tree: Any, updates: optax.Updates) -> Any:
             continue
         leaves = jax.tree.leaves(subtree)
         if len(leaves) != 1:
-            raise ValueError(_first_difference(name, tree, updates))
+            raise ValueError(
+                f"{name}: expected the structure of the gradients, but {len(leaves)} arrays came at "
+                f"{name}{keystr(path)}, where they have one."
+            )
         if jnp.shape(leaves[0]) != jnp.shape(update):
             raise ValueError(
                 f"{name}{keystr(path)}: expected the gradient's shape {jnp.shape(update)}, got {jnp.shape(leaves[0])}."
@@ -85,17 +88,18 @@ def _is_left_out(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _paths(tree: Any) -> list[KeyPath]:
-    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_left_out)]
-
-
 def _first_difference(name: str, tree: Any, updates: Any) -> str:
-    expected, got = _paths(updates), _paths(tree)
+    places = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_left_out)[0]
+    got = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+    def begins(path: KeyPath, prefix: KeyPath) -> bool:
+        return path[: len(prefix)] == prefix
+
     message = f"{name}: expected the structure of the gradients"
-    missing = [path for path in expected if path not in got]
-    surplus = [path for path in got if path not in expected]
-    if missing:
-        return f"{message}, but nothing came at {name}{keystr(missing[0])}."
-    if surplus:
-        return f"{message}, but something came at {name}{keystr(surplus[0])}, where they have nothing."
+    for place, update in places:
+        if not _is_left_out(update) and not any(begins(path, place) for path in got):
+            return f"{message}, but nothing came at {name}{keystr(place)}."
+    for path in got:
+        if not any(begins(path, place) for place, _ in places):
+            return f"{message}, but something came at {name}{keystr(path)}, where they have nothing."
     return f"{message}, {jax.tree.structure(updates)}, got {jax.tree.structure(tree)}."

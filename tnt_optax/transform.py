@@ -271,8 +271,8 @@ def _is_due(t: jax.Array, period: int | jax.Array) -> bool | jax.Array:
 
 
 def _cond(predicate: bool | jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
-    # What is known while tracing needs no conditional, whose results XLA would have to copy.
-    if isinstance(predicate, bool):
+    # What is known beforehand needs no conditional, which costs a copy of its results, and outside jit a compilation.
+    if not isinstance(predicate, jax.core.Tracer):
         return if_true() if predicate else if_false()
     return lax.cond(predicate, if_true, if_false)
 

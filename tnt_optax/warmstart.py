@@ -45,11 +45,15 @@ def warm_start(
             "opt_state: expected a TNTState somewhere in it, found none: is it the state of another optimizer?"
         )
 
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        raise ValueError(
+            "tx: expected a GradientTransformationExtraArgs, which hands sampled gradients on to its TNTState, got "
+            f"{type(tx).__name__}. {_WARM_START_INSIDE}"
+        )
+
     @functools.partial(jax.jit, static_argnames="stage")
     def advance(opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: Stage) -> optax.OptState:
-        _, new = optax.with_extra_args_support(tx).update(
-            optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage
-        )
+        _, new = tx.update(optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage)
         # Only the TNTStates: whatever else counts steps (schedules, say) has not seen one.
         return jax.tree.map(lambda o, n: n if _is_tnt_state(o) else o, opt_state, new, is_leaf=_is_tnt_state)
 
@@ -68,10 +72,16 @@ def warm_start(
         traced = isinstance(new.statistics_count, jax.core.Tracer)
         if not traced and int(new.statistics_count) == int(old.statistics_count):
             raise ValueError(
-                "tx: it did not hand the sampled gradients on to its TNTState. Warm-start the transformation inside it "
-                "with its own state (for optax.MultiSteps: the wrapped optimizer with `opt_state.inner_opt_state`)."
+                "tx: expected an optimizer that updates its TNTState, but it did not hand the sampled gradients on. "
+                f"{_WARM_START_INSIDE}"
             )
     return opt_state
+
+
+_WARM_START_INSIDE = (
+    "Warm-start the transformation inside it with its own state (for optax.MultiSteps: the wrapped optimizer with "
+    "`opt_state.inner_opt_state`)."
+)
 
 
 def _is_tnt_state(node: Any) -> bool:

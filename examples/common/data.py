@@ -28,8 +28,14 @@ def mnist(data_dir: Path | None = None) -> Images:
     Args:
       data_dir: a directory in which TFDS has prepared `mnist` in its array_record format. It is only read. None:
         TFDS's own directory, into which it downloads what is missing.
+
+    Raises:
+      FileNotFoundError: `data_dir` holds no such dataset.
     """
     import tensorflow_datasets as tfds
+
+    if data_dir is not None and not any(Path(data_dir).glob("mnist/*/*.array_record*")):
+        raise FileNotFoundError(f"{data_dir}: no `mnist` that TFDS has prepared in its array_record format is there.")
 
     def split(name: str) -> np.ndarray:
         source: Any = tfds.data_source("mnist", split=name, data_dir=data_dir, download=data_dir is None)

@@ -1,0 +1,57 @@
+"""The programs under examples/ run, and write what they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
+
+
+def demo(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples/demo.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_demo(tmp_path):
+    grid = ("--learning-rates", 0.003, 0.03, "--dampings", 0.1)
+    result = demo("--epochs", 2, "--tuning-epochs", 1, *grid, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "[0.003, 0.03]" in result.stdout  # The grid is said.
+    written = json.loads((tmp_path / "demo_digits.json").read_text())
+    assert set(written["curves"]) == {"TNT", "Adam", "SGD-m"}
+    for name, curve in written["curves"].items():
+        assert name in result.stdout
+        assert len(curve["train_loss"]) == len(curve["test_loss"]) == len(curve["seconds"]) == 3
+        assert curve["train_loss"][-1] < curve["train_loss"][0]
+        # The same initial parameters.
+        assert curve["train_loss"][0] == written["curves"]["TNT"]["train_loss"][0]
+        assert f"{curve['train_loss'][-1]:.3f}" in result.stdout
+    assert {len(trials) for trials in written["tuning"].values()} == {2}
+    assert (tmp_path / "demo_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_help():
+    result = demo("--help")
+    assert result.returncode == 0
+    assert "--data-dir" in result.stdout
+    assert "learning rate" in result.stdout
+
+
+def test_demo_says_what_is_wrong(tmp_path):
+    result = demo("--data-dir", tmp_path)
+    assert result.returncode == 2
+    assert "--dataset mnist" in result.stderr
+    pytest.importorskip("tensorflow_datasets")
+    result = demo("--dataset", "mnist", "--data-dir", tmp_path / "nowhere")
+    assert result.returncode != 0
+    assert str(tmp_path / "nowhere") in result.stderr
+    assert "Traceback" not in result.stderr
