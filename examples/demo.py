@@ -27,7 +27,6 @@ import tnt_optax
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 DAMPINGS = (0.03, 0.1, 0.3)
-SHORT = {"learning_rate": "rate", "damping": "damping"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def main() -> None:
     report.save_json(
         stem.with_suffix(".json"),
         {
-            "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "arguments": {key: value for key, value in vars(args).items() if not isinstance(value, Path)},
             "machine": report.machine(),
             "tuning": tuning,
             "chosen": best,
@@ -186,14 +185,15 @@ def print_results(
         rows.append(
             [
                 name,
-                ", ".join(f"{SHORT[key]} {value:g}" for key, value in best[name].items()),
+                f"{best[name]['learning_rate']:g}",
+                f"{best[name]['damping']:g}" if "damping" in best[name] else "",
                 f"{curve.train_loss[-1]:.3f}",
                 f"{curve.test_loss[-1]:.3f}",
                 f"{curve.seconds[-1]:.2f}",
                 f"{1000 * curve.seconds[-1] / steps:.2f}",
             ]
         )
-    columns = ["optimizer", "tuned", "train loss", "test loss", "seconds", "ms/step"]
+    columns = ["optimizer", "rate", "damping", "train loss", "test loss", "seconds", "ms/step"]
     report.print_table(console, f"After {args.epochs} epochs (loss: nats per image)", columns, rows)
     edges = {
         name for name in curves if best[name]["learning_rate"] in (min(args.learning_rates), max(args.learning_rates))

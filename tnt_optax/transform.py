@@ -152,7 +152,7 @@ def scale_by_tnt(
         accumulated = jax.tree.map(
             lambda m, g: as_float(momentum).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, updates
         )
-        direction = jax.tree.map(factors.precondition, view, accumulated, inverses, is_leaf=_is_modes)
+        direction = jax.tree.map(factors.precondition, view, accumulated, inverses)
         if trust_radius is not None:
             direction = _bound(direction, accumulated, as_float(_at(trust_radius, t)))
         direction = jax.tree.map(lambda p, g: p.astype(g.dtype), direction, updates)
@@ -228,7 +228,7 @@ def tnt(
             checks.check_positive("trust_radius", trust_radius)
 
         def radius_of_direction(t: Any) -> jax.Array:  # The step is learning_rate times the direction.
-            return as_float(_at(trust_radius, t)) / as_float(_at(learning_rate, t))
+            return as_float(_at(trust_radius, t)) / jnp.abs(as_float(_at(learning_rate, t)))
 
         radius = radius_of_direction
     no_decay = isinstance(weight_decay, (int, float)) and weight_decay == 0
@@ -248,10 +248,6 @@ def tnt(
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
-
-
-def _is_modes(node: Any) -> bool:
-    return isinstance(node, Modes)
 
 
 def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:

@@ -34,10 +34,10 @@ def progress_bar(console: Console) -> Progress:
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first two columns are text, and the others numbers."""
+    """A table whose first column is text, and the others numbers."""
     table = Table(title=title)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
     console.print(table)

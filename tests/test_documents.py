@@ -1,0 +1,44 @@
+"""The programs in the README and the documentation run as they are written."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def programs():
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            line = text[: match.start()].count("\n") + 2
+            yield pytest.param(page, line, match.group(1), id=f"{page.name}:{line}")
+
+
+@pytest.mark.parametrize(("page", "line", "source"), list(programs()))
+def test_program(page, line, source):
+    if "sklearn" in source:
+        pytest.importorskip("sklearn", reason="needs the extra `examples`")
+    variables = {"__name__": "program"}
+    # Blank lines, so that a traceback shows the line of the page.
+    exec(compile("\n" * (line - 1) + source, str(page), "exec"), variables)
+    if "train_step" in variables and "labels" in variables and "step" in variables:  # It trains a classifier.
+        assert variables["loss"] < 0.7, "the example does not train"
+
+
+def test_the_readme_has_the_numbers_of_the_demo():
+    readme = (ROOT / "README.md").read_text()
+    for dataset in ("digits", "mnist"):
+        curves = json.loads((ROOT / f"docs/demo_{dataset}.json").read_text())["curves"]
+        for curve in curves.values():
+            assert f"{curve['train_loss'][-1]:.1f}" in readme
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

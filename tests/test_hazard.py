@@ -1,0 +1,39 @@
+"""Fresh processes that refresh stacked inverses of several sizes in one program, which must never hang.
+
+Batched LAPACK calls of several sizes in one jitted function deadlock XLA's CPU backend in about half of all runs
+(docs/design.md says how the library avoids them), so a few runs without a hang are evidence, and many are proof enough.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from tnt_optax import Modes, tnt
+
+def modes(path, shape):
+    return Modes(tuple((i,) for i in range(1, len(shape))), batch=(0,))
+
+shapes = [(4, 64, 96), (3, 128, 32), (6, 200, 24), (5, 80), (4, 160, 64), (7, 48, 48)]
+params = {f"{i}{copy}": jnp.ones(shape) for i, shape in enumerate(shapes) for copy in "ab"}
+tx = tnt(0.1, modes=modes, statistics_period=1, inverse_period=1)
+grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+update = jax.jit(lambda g, s: tx.update(g, s, sampled_grads=g))
+state = tx.init(params)
+for _ in range(3):
+    updates, state = update(grads, state)
+two = jax.tree.map(lambda x: jnp.stack([x, x]), grads)
+vmapped = jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(g), sampled_grads=g)[0]))(two)
+jax.block_until_ready((updates, vmapped))
+assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, vmapped)))
+print("done")
+"""
+
+
+@pytest.mark.parametrize("run", range(6))
+def test_a_refresh_in_a_fresh_process_does_not_hang(run):
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "done\n"
