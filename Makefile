@@ -20,7 +20,7 @@ test: $(VENV)/test
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Each environment's file says that it is complete; they build on one another.
 $(VENV)/examples: pyproject.toml
