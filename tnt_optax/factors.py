@@ -60,6 +60,11 @@ def _over_stack(function: Callable[..., Any], view: Modes) -> Callable[..., Any]
     return function
 
 
+def trace(matrix: jax.Array) -> jax.Array:
+    """The trace of a matrix, of which perhaps only the diagonal is kept."""
+    return jnp.sum(matrix) if matrix.ndim == 1 else jnp.trace(matrix)
+
+
 def contraction(tensor: jax.Array, mode: int, *, diagonal: bool) -> jax.Array:
     """G^(i) = mat_i(G) mat_i(G)^T of Eq. (2), or only its diagonal."""
     others = [axis for axis in range(tensor.ndim) if axis != mode]
@@ -74,16 +79,20 @@ def identify(contractions: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     Written as U_i = C_i * c0 * d_i / tr(C_1), which is the same as C_i / (c0^(k-1) prod_{j!=i} d_j) but has no
     intermediate that over- or underflows when C_i and U_i do not. Statistics that are all zero give U_i = 0.
     """
-    first = contractions[0]
-    trace = jnp.sum(first) if first.ndim == 1 else jnp.trace(first)
+    total = trace(contractions[0])  # All contractions have the same.
     order, size = len(contractions), max(math.prod(len(c) for c in contractions), 1)
-    mean_eigenvalue = trace ** (1 / order) / size ** (1 / order)  # c0
-    scale = jnp.where(trace > 0, mean_eigenvalue / jnp.where(trace > 0, trace, 1), 0)
+    mean_eigenvalue = total ** (1 / order) / size ** (1 / order)  # c0
+    scale = jnp.where(total > 0, mean_eigenvalue / jnp.where(total > 0, total, 1), 0)
     return tuple(c * (scale * len(c)) for c in contractions)
 
 
 def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
-    """(U + eps I)^-1, by Cholesky factorization."""
+    """(U + eps I)^-1, by Cholesky factorization.
+
+    Where eps is below the rounding errors of U itself, it is raised to their size, so that the inverse is finite.
+    """
+    floor = jnp.finfo(factor.dtype).eps * trace(factor)
+    damping = jnp.maximum(damping, floor)
     if factor.ndim == 1:
         return 1 / (factor + damping)
     return _positive_definite_inverse(factor + damping * jnp.eye(len(factor), dtype=factor.dtype))

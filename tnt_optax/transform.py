@@ -1,5 +1,6 @@
 """Tensor Normal Training as an Optax gradient transformation: Algorithm 3 of the paper."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,8 @@ class TNTState(NamedTuple):
         moving average C_i of G^(i), of shape (*batch, d_i, d_i), or (*batch, d_i) for a mode that is longer than
         `max_dim`.
       inverses: the same for the cached P_i = (U_i + damping I)^-1.
+      rejected: int32 array of shape (3,): how many gradients, sampled gradients and refreshes of the inverses gave
+        numbers that are not finite. Those were kept out of the state, and for such a gradient the update was zero.
     """
 
     count: jax.Array
@@ -35,6 +38,7 @@ class TNTState(NamedTuple):
     momentum: Any
     contractions: Any
     inverses: Any
+    rejected: jax.Array
 
 
 def scale_by_tnt(
@@ -91,6 +95,7 @@ def scale_by_tnt(
             momentum=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), float32_or_better(x)), params),
             contractions=matrices,
             inverses=jax.tree.map(jnp.zeros_like, matrices),
+            rejected=jnp.zeros(3, jnp.int32),
         )
 
     def update(
@@ -131,32 +136,40 @@ def scale_by_tnt(
             if not use_gradients:
                 sampled = sampled_grads() if callable(sampled_grads) else sampled_grads
                 gradients = checks.match("sampled_grads", sampled, updates)
-            return jax.tree.map(
+            new = jax.tree.map(
                 lambda g, v, c: factors.average_contractions(g, v, c, weight), gradients, view, old_contractions
             )
+            finite = _all_finite(new)
+            return _where(finite, new, old_contractions), finite
 
         def refresh() -> Any:
             eps = as_float(_at(damping, t))
-            return jax.tree.map(lambda _, v, c: factors.damped_inverses(v, c, eps), updates, view, contractions)
+            new = jax.tree.map(lambda _, v, c: factors.damped_inverses(v, c, eps), updates, view, contractions)
+            finite = _all_finite(new)
+            return _where(finite, new, old_inverses), finite
 
-        contractions = _cond(absorb_now, absorb, lambda: old_contractions)
-        inverses = _cond(refresh_now, refresh, lambda: old_inverses)
+        contractions, absorbed = _cond(absorb_now, absorb, lambda: (old_contractions, jnp.bool_(True)))
+        inverses, refreshed = _cond(refresh_now, refresh, lambda: (old_inverses, jnp.bool_(True)))
         state = state._replace(
-            statistics_count=jnp.where(absorb_now, optax.safe_increment(n), n),
+            statistics_count=jnp.where(absorb_now & absorbed, optax.safe_increment(n), n),
             contractions=contractions,
             inverses=inverses,
         )
         if warm_start is not None:
-            return updates, state
+            return updates, _count_rejected(state, jnp.bool_(True), absorbed, refreshed)
 
         accumulated = jax.tree.map(
             lambda m, g: as_float(momentum).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, updates
         )
+        finite = _all_finite(accumulated)
+        accumulated = _where(finite, accumulated, state.momentum)
         direction = jax.tree.map(factors.precondition, view, accumulated, inverses)
         if trust_radius is not None:
             direction = _bound(direction, accumulated, as_float(_at(trust_radius, t)))
-        direction = jax.tree.map(lambda p, g: p.astype(g.dtype), direction, updates)
-        return direction, state._replace(count=optax.safe_increment(state.count), momentum=accumulated)
+        finite &= _all_finite(direction)
+        direction = jax.tree.map(lambda p, g: jnp.where(finite, p, 0).astype(g.dtype), direction, updates)
+        state = state._replace(count=optax.safe_increment(t), momentum=accumulated)
+        return direction, _count_rejected(state, finite, absorbed, refreshed)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -232,7 +245,7 @@ def tnt(
 
         radius = radius_of_direction
     no_decay = isinstance(weight_decay, (int, float)) and weight_decay == 0
-    return optax.chain(
+    chain = optax.chain(
         scale_by_tnt(
             damping=damping,
             decay=decay,
@@ -248,6 +261,28 @@ def tnt(
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        updates, new_state = chain.update(updates, state, params, **extra_args)
+        # Nor do parameters decay on a step that is not taken.
+        taken = new_state[0].rejected[0] == state[0].rejected[0]
+        return jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), updates), new_state
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], jnp.bool_(True))
+
+
+def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), if_true, if_false)
+
+
+def _count_rejected(state: TNTState, *finite: jax.Array) -> TNTState:
+    return state._replace(rejected=state.rejected + (~jnp.stack(finite)).astype(jnp.int32))
 
 
 def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
