@@ -14,13 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from common import data, report
-from common.models import Autoencoder
-from common.training import Curve, Problem, Trainer
-from flax import nnx
+from common.problems import autoencoder_problem
+from common.training import Curve, Trainer
 from rich.console import Console
 
 import tnt_optax
@@ -49,9 +46,11 @@ def main() -> None:
     args = parse_args()
     console = Console()
     try:
-        problem, title = make_problem(args)
+        images = data.load(args.dataset, args.data_dir)
     except FileNotFoundError as error:
         raise SystemExit(f"--data-dir: {error}") from None
+    problem = autoencoder_problem(images, args.widths, args.batch_size, seed=args.seed)
+    title = f"{problem.name} on {args.dataset}"
     optimizers = make_optimizers(args)
     console.print(
         f"[bold]{title}[/bold]: {len(problem.train[0])} training and {len(problem.test[0])} test images, batches of "
@@ -73,15 +72,15 @@ def main() -> None:
                 trainers[name],
                 grid,
                 args,
-                Ticker(progress, f"tune {name}", len(grid) * args.tuning_epochs * problem.steps_per_epoch),
+                report.Ticker(progress, f"tune {name}", len(grid) * args.tuning_epochs * problem.steps_per_epoch),
             )
             if not math.isfinite(min(trial["loss"] for trial in tuning[name])):
                 raise SystemExit(f"{name} diverged on the whole grid: give it smaller --learning-rates.")
             winner = min(tuning[name], key=lambda trial: trial["loss"])
             best[name] = {key: value for key, value in winner.items() if key != "loss"}
         for name, trainer in trainers.items():
-            ticker = Ticker(progress, f"train {name}", args.epochs * problem.steps_per_epoch)
-            curves[name] = trainer.train(args.epochs, seed=args.seed + 1, on_step=ticker, **best[name])
+            ticker = report.Ticker(progress, f"train {name}", args.epochs * problem.steps_per_epoch)
+            curves[name] = trainer.train(args.epochs, best[name], seed=args.seed + 1, on_step=ticker)
 
     print_results(console, args, curves, best, problem.steps_per_epoch)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -101,23 +100,6 @@ def main() -> None:
         f"Wrote {os.path.relpath(stem)}.png and .json. All in all {time.perf_counter() - start:.0f} s "
         f"on {os.cpu_count()} cores ({report.machine()['device']})."
     )
-
-
-def make_problem(args: argparse.Namespace) -> tuple[Problem, str]:
-    images = data.digits() if args.dataset == "digits" else data.mnist(args.data_dir)
-    train, test = jnp.asarray(images.train), jnp.asarray(images.test)
-    pixels = train.shape[1]
-    model = Autoencoder(pixels, args.widths, rngs=nnx.Rngs(args.seed))
-    graphdef, params = nnx.split(model)
-
-    def forward(params: Any, inputs: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params)(inputs)
-
-    problem = Problem(
-        forward, tnt_optax.Bernoulli(), nnx.as_pure(params), (train, train), (test, test), args.batch_size
-    )
-    sizes = "-".join(map(str, [pixels, *args.widths, *args.widths[-2::-1], pixels]))
-    return problem, f"Autoencoder {sizes} on {args.dataset}"
 
 
 def make_optimizers(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Any], list[dict[str, float]]]]:
@@ -140,33 +122,12 @@ def make_optimizers(args: argparse.Namespace) -> dict[str, tuple[Callable[..., A
     return {"TNT": (tnt, with_damping), "Adam": (optax.adam, rates), "SGD-m": (sgd_with_momentum, rates)}
 
 
-class Ticker:
-    """Called after every step: moves a progress bar, and shows the loss and the steps per second."""
-
-    def __init__(self, progress: Any, description: str, steps: int):
-        self.progress, self.task = progress, progress.add_task(description, total=steps, status="compiling")
-        self.done, self.start, self.shown = 0, 0.0, 0.0
-
-    def __call__(self, loss: float) -> None:
-        now = time.perf_counter()
-        self.start = self.start or now
-        self.done += 1
-        if now - self.shown > 0.1:  # Drawing takes time too.
-            self.shown = now
-            rate = self.done / max(now - self.start, 1e-9)
-            self.skip_to(self.done, f"loss {loss:8.3f}  {rate:6.1f} steps/s")
-
-    def skip_to(self, steps: int, status: str) -> None:
-        self.done = steps
-        self.progress.update(self.task, completed=steps, status=status)
-
-
 def tune(
-    trainer: Trainer, grid: list[dict[str, float]], args: argparse.Namespace, ticker: Ticker
+    trainer: Trainer, grid: list[dict[str, float]], args: argparse.Namespace, ticker: report.Ticker
 ) -> list[dict[str, float]]:
     trials = []
     for index, hyperparams in enumerate(grid):
-        curve = trainer.train(args.tuning_epochs, seed=args.seed, on_step=ticker, **hyperparams)
+        curve = trainer.train(args.tuning_epochs, hyperparams, seed=args.seed, on_step=ticker)
         trials.append({**hyperparams, "loss": curve.final})
         # A training that diverged stopped early.
         ticker.skip_to(

@@ -265,6 +265,7 @@ def tnt(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
+        new_state: Any
         updates, new_state = chain.update(updates, state, params, **extra_args)
         # Nor do parameters decay on a step that is not taken.
         taken = new_state[0].rejected[0] == state[0].rejected[0]

@@ -44,3 +44,8 @@ def mnist(data_dir: Path | None = None) -> Images:
         return images.reshape(len(images), -1).astype(np.float32) / 255
 
     return Images(split("train"), split("test"))
+
+
+def load(dataset: str, data_dir: Path | None = None) -> Images:
+    """The images of that name; `data_dir` is for those that come through TFDS."""
+    return {"digits": digits, "mnist": lambda: mnist(data_dir)}[dataset]()

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,27 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+class Ticker:
+    """Called after every step: moves a progress bar, and shows the loss and the steps per second."""
+
+    def __init__(self, progress: Progress, description: str, steps: int):
+        self.progress, self.task = progress, progress.add_task(description, total=steps, status="compiling")
+        self.done, self.start, self.shown = 0, 0.0, 0.0
+
+    def __call__(self, loss: float) -> None:
+        now = time.perf_counter()
+        self.start = self.start or now
+        self.done += 1
+        if now - self.shown > 0.1:  # Drawing takes time too.
+            self.shown = now
+            rate = self.done / max(now - self.start, 1e-9)
+            self.skip_to(self.done, f"loss {loss:8.3f}  {rate:6.1f} steps/s")
+
+    def skip_to(self, steps: int, status: str) -> None:
+        self.done = steps
+        self.progress.update(self.task, completed=steps, status=status)
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -19,6 +19,7 @@ import tnt_optax
 class Problem:
     """What is trained: outputs = forward(params, inputs), a distribution of the targets, and the data."""
 
+    name: str
     forward: Callable[[Any, jax.Array], jax.Array]
     predictive: tnt_optax.PredictiveDistribution
     params: Any
@@ -81,25 +82,28 @@ class Trainer:
             updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
             return optax.apply_updates(params, updates), opt_state, loss
 
-        self._jitted_step = step
+        self._sampled_grads = jax.jit(lambda params, batch, key: value_and_grads(params, *batch, key)[2])
+        self._jitted_step: Any = step
         self._step: Callable[..., Any] | None = None
         self._evaluate = jax.jit(lambda params, x, y: problem.predictive.loss(problem.forward(params, x), y))
 
     def train(
         self,
         epochs: int,
+        hyperparams: Mapping[str, float],
         *,
         seed: int = 0,
+        warm_start: bool = False,
         on_step: Callable[[float], None] = lambda loss: None,
-        **hyperparams: float,
     ) -> Curve:
         """Trains from the problem's initial parameters; stops early where the loss is no longer finite.
 
         Args:
           epochs: how many passes over the training data.
+          hyperparams: of the optimizer.
           seed: of the order of the examples and of the sampled targets.
+          warm_start: one pass over the training data for TNT's statistics, whose seconds are not counted.
           on_step: called after every step with its loss.
-          **hyperparams: of the optimizer.
         """
         problem, key = self.problem, jax.random.key(seed)
         tx = self.optimizer(**hyperparams)
@@ -108,6 +112,12 @@ class Trainer:
         if self._step is None:  # Compiled ahead, so that no second of it is counted.
             batch = next(batches(problem, 0, seed))
             self._step = self._jitted_step.lower(params, opt_state, batch, key, tx=tx).compile()
+
+        if warm_start:
+            keys = jax.random.split(jax.random.fold_in(key, 1), problem.steps_per_epoch)
+            pairs = zip(batches(problem, 0, seed), keys, strict=True)
+            sampled_grads = (self._sampled_grads(params, batch, subkey) for batch, subkey in pairs)
+            opt_state = tnt_optax.warm_start(tx, opt_state, params, sampled_grads)
 
         curve = Curve()
         self._record(curve, params, 0.0)

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 
 
-def demo(*arguments):
+def program(name, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples/demo.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / f"examples/{name}.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=280,
@@ -23,7 +23,7 @@ def demo(*arguments):
 
 def test_demo(tmp_path):
     grid = ("--learning-rates", 0.003, 0.03, "--dampings", 0.1)
-    result = demo("--epochs", 2, "--tuning-epochs", 1, *grid, "--out", tmp_path)
+    result = program("demo", "--epochs", 2, "--tuning-epochs", 1, *grid, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "[0.003, 0.03]" in result.stdout  # The grid is said.
     written = json.loads((tmp_path / "demo_digits.json").read_text())
@@ -40,18 +40,28 @@ def test_demo(tmp_path):
 
 
 def test_demo_help():
-    result = demo("--help")
+    result = program("demo", "--help")
     assert result.returncode == 0
     assert "--data-dir" in result.stdout
     assert "learning rate" in result.stdout
 
 
 def test_demo_says_what_is_wrong(tmp_path):
-    result = demo("--data-dir", tmp_path)
+    result = program("demo", "--data-dir", tmp_path)
     assert result.returncode == 2
     assert "--dataset mnist" in result.stderr
     pytest.importorskip("tensorflow_datasets")
-    result = demo("--dataset", "mnist", "--data-dir", tmp_path / "nowhere")
+    result = program("demo", "--dataset", "mnist", "--data-dir", tmp_path / "nowhere")
     assert result.returncode != 0
     assert str(tmp_path / "nowhere") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_stability(tmp_path):
+    options = ("--dataset", "digits", "--seeds", 1, "--epochs", 1, "--batch-size", 400, "--widths", 32, 8)
+    result = program("stability", *options, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "With the bound 0 of 1 diverged." in result.stdout
+    runs = json.loads((tmp_path / "stability.json").read_text())["runs"]
+    assert [run["trust_radius"] for run in runs] == [None, 0.0316]
+    assert all(len(run["losses"]) == 3 for run in runs)
