@@ -82,9 +82,9 @@ class Trainer:
             updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
             return optax.apply_updates(params, updates), opt_state, loss
 
-        self._sampled_grads = jax.jit(lambda params, batch, key: value_and_grads(params, *batch, key)[2])
+        self._sampled_grads = jax.jit(lambda params, x, y, key: value_and_grads(params, x, y, key)[2])
         self._jitted_step: Any = step
-        self._step: Callable[..., Any] | None = None
+        self._step: Any = None
         self._evaluate = jax.jit(lambda params, x, y: problem.predictive.loss(problem.forward(params, x), y))
 
     def train(
@@ -116,7 +116,7 @@ class Trainer:
         if warm_start:
             keys = jax.random.split(jax.random.fold_in(key, 1), problem.steps_per_epoch)
             pairs = zip(batches(problem, 0, seed), keys, strict=True)
-            sampled_grads = (self._sampled_grads(params, batch, subkey) for batch, subkey in pairs)
+            sampled_grads = (self._sampled_grads(params, *batch, subkey) for batch, subkey in pairs)
             opt_state = tnt_optax.warm_start(tx, opt_state, params, sampled_grads)
 
         curve = Curve()
