@@ -40,6 +40,8 @@ PARAMS = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
         ("inverse_period", 2.0, ValueError),
         ("inverse_period", jnp.float32(2), TypeError),
         ("max_dim", 0, ValueError),
+        ("damping", jnp.ones(3), TypeError),
+        ("statistics_period", np.array([1, 2]), TypeError),
         ("trust_radius", 0.0, ValueError),
         ("trust_radius", float("nan"), ValueError),
         ("fisher", "true", ValueError),
@@ -52,9 +54,21 @@ def test_hyperparameters(factory, name, value, error):
         factory(**{name: value})
 
 
-def test_hyperparameters_of_tnt_alone():
-    with pytest.raises(ValueError, match=r"^weight_decay: expected"):
-        tnt(0.1, weight_decay=-1.0)
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("learning_rate", float("nan"), ValueError),
+        ("learning_rate", "fast", TypeError),
+        ("learning_rate", jnp.ones(3), TypeError),
+        ("weight_decay", -1.0, ValueError),
+        ("weight_decay", np.float32(-1), ValueError),
+        ("weight_decay", float("inf"), ValueError),
+        ("weight_decay", None, TypeError),
+    ],
+)
+def test_hyperparameters_of_tnt_alone(name, value, error):
+    with pytest.raises(error, match=f"^{name}: expected"):
+        tnt(**{name: value})
     with pytest.raises(ValueError, match=r"^trust_radius: expected"):
         tnt(0.1, trust_radius=-1.0)
 
@@ -115,11 +129,11 @@ BAD_TREES = {
     ),
     "transposed": (
         {"layer": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(4)}},
-        r"sampled_grads\['layer'\]\['kernel'\]: expected the gradient's shape \(3, 4\), got \(4, 3\)",
+        r"sampled_grads\['layer'\]\['kernel'\]: expected the shape \(3, 4\) of the gradients, got \(4, 3\)",
     ),
     "a batch axis": (
         {"layer": {"kernel": jnp.ones((7, 3, 4)), "bias": jnp.ones((7, 4))}},
-        r"sampled_grads\['layer'\]\['bias'\]: .*\(4,\), got \(7, 4\)",
+        r"sampled_grads\['layer'\]\['bias'\]: .*\(4,\) of the gradients, got \(7, 4\)",
     ),
     "array": (jnp.ones(3), "sampled_grads: expected the structure of the gradients"),
     "tuple": ((PARAMS, PARAMS), "sampled_grads: expected the structure of the gradients"),
@@ -156,3 +170,24 @@ def test_traced_max_dim():
     injected = optax.inject_hyperparams(tnt)
     with pytest.raises(TypeError, match=r"max_dim.*static_args"):
         jax.eval_shape(lambda m: injected(0.1, max_dim=m).init(PARAMS), jnp.int32(3))
+
+
+def test_gradients_that_do_not_fit_the_state_are_blamed_themselves():
+    tx = tnt(0.1)
+    state = tx.init(PARAMS)
+    transposed = {"layer": {**PARAMS["layer"], "kernel": jnp.ones((4, 3))}}
+    with pytest.raises(ValueError, match=r"updates\['layer'\]\['kernel'\]: .*\(3, 4\) of the optimizer's state"):
+        tx.update(transposed, state, PARAMS, sampled_grads=transposed)
+    with pytest.raises(ValueError, match=r"updates: .*nothing came at updates\['layer'\]\['bias'\]"):
+        tx.update({"layer": {"kernel": jnp.ones((3, 4))}}, state, PARAMS, sampled_grads=PARAMS)
+
+
+def test_the_state_of_another_optimizer():
+    with pytest.raises(TypeError, match="state: expected a TNTState"):
+        scale_by_tnt().update(PARAMS, optax.adam(0.1).init(PARAMS), sampled_grads=PARAMS)
+
+
+@pytest.mark.parametrize("leaf", [1.0, "x"])
+def test_leaves_that_are_no_arrays(leaf):
+    with pytest.raises(TypeError, match=r"params\['a'\]: expected a real floating-point array, got"):
+        tnt(0.1).init({"a": leaf})

@@ -30,7 +30,7 @@ def test_padded_positions_have_no_gradient_even_where_they_are_not_finite():
     logits[2:] = np.nan
     mask = jnp.array([True, True, False, False])
     predictive = Categorical(weights=mask)
-    labels = jnp.array([0, 1, 2, 3])
+    labels = jnp.array([0, 1, -100, 9])
     loss, gradient = jax.value_and_grad(predictive.loss)(jnp.asarray(logits), labels)
     assert loss == pytest.approx(float(Categorical().loss(logits[:2], labels[:2])), rel=1e-6)
     np.testing.assert_array_equal(gradient[2:], 0)
@@ -108,3 +108,13 @@ def test_targets_that_do_not_fit_the_outputs(predictive, outputs, targets, error
 def test_bad_variance(variance):
     with pytest.raises(ValueError, match="variance"):
         Normal(variance)
+
+
+def test_a_variance_that_does_not_broadcast_to_the_outputs():
+    with pytest.raises(ValueError, match="variance: expected a shape that broadcasts"):
+        Normal(jnp.ones((5, 3))).loss(jnp.ones((5, 1)), jnp.ones((5, 1)))
+
+
+def test_outputs_that_are_no_array():
+    with pytest.raises(TypeError, match="has_aux=True"):
+        Categorical().loss((jnp.ones((4, 3)), None), jnp.zeros(4, int))

@@ -1,5 +1,7 @@
 """The transformation: against Algorithm 3 in float64 NumPy, and as a part of Optax."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -421,3 +423,44 @@ def test_it_minimizes_a_parabola_of_matrices(fisher):
     for t in range(500):
         params, state = step(params, state, jax.random.key(t))
     np.testing.assert_allclose(params, target, atol=1e-2)
+
+
+def test_no_parameters_at_all():
+    tx, params = tnt(0.1, trust_radius=0.1), {"w": jnp.ones(3)}
+    updates, _ = tx.update({}, tx.init({}), {}, sampled_grads={})
+    assert updates == {}
+    masked = optax.masked(tx, {"w": False})
+    updates, _ = masked.update(params, masked.init(params), params, sampled_grads=params)
+    chex.assert_trees_all_equal(updates, params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Callable:
+    """Parameters that can be called, as a module of Equinox can."""
+
+    w: jax.Array
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def test_parameters_that_can_be_called_are_a_tree():
+    params = Callable(jnp.ones((3, 4)))
+    tx = tnt(0.1)
+    plain, _ = tx.update(params.w, tx.init(params.w), sampled_grads=params.w)
+    for sampled in (params, lambda: params):
+        updates, _ = tx.update(params, tx.init(params), sampled_grads=sampled)
+        chex.assert_trees_all_equal(updates.w, plain)
+    warm = tnt_optax.warm_start(tx, tx.init(params), params, [params])
+    assert int(warm[0].statistics_count) == 1
+
+
+def test_the_derivative_through_an_update_is_finite_without_statistics():
+    g = jnp.ones((2, 3))
+
+    def norm(sampled):
+        tx = tnt(0.1)
+        return jnp.sum(tx.update(g, tx.init(g), sampled_grads=sampled)[0])
+
+    assert np.isfinite(jax.grad(norm)(jnp.zeros((2, 3)))).all()

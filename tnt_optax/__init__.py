@@ -3,7 +3,7 @@
 from tnt_optax.fisher import value_and_sampled_grad
 from tnt_optax.modes import Modes
 from tnt_optax.predictive import Bernoulli, Categorical, Normal, PredictiveDistribution
-from tnt_optax.transform import TNTState, scale_by_tnt, tnt
+from tnt_optax.transform import RejectedState, TNTState, scale_by_tnt, tnt
 from tnt_optax.warmstart import warm_start
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "Modes",
     "Normal",
     "PredictiveDistribution",
+    "RejectedState",
     "TNTState",
     "scale_by_tnt",
     "tnt",

@@ -1,20 +1,33 @@
-"""Errors for bad arguments, raised at trace time. Numbers that are arrays, traced or not, are not looked at."""
+"""Errors for bad arguments, raised at trace time. Of numbers that come as arrays only shape and dtype are looked at."""
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import KeyPath, keystr
+from jax.tree_util import KeyPath, Partial, keystr
+
+
+def check_finite(name: str, value: Any) -> None:
+    """A finite number, or an array."""
+    if _is_number(name, value) and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}.")
 
 
 def check_positive(name: str, value: Any) -> None:
     """A finite number > 0, or an array."""
     if _is_number(name, value) and not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0, got {value}.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """A finite number >= 0, or an array."""
+    if _is_number(name, value) and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}.")
 
 
 def check_unit_interval(name: str, value: Any) -> None:
@@ -33,6 +46,8 @@ def check_period(name: str, value: Any) -> None:
 
 def _is_number(name: str, value: Any) -> bool:
     if isinstance(value, jax.Array | np.ndarray):
+        if value.ndim:
+            raise TypeError(f"{name}: expected a number, got an array of shape {value.shape}.")
         return False
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}.")
@@ -40,43 +55,52 @@ def _is_number(name: str, value: Any) -> bool:
 
 
 def check_floating(name: str, tree: Any) -> None:
-    """Every leaf has a real floating-point dtype."""
+    """Every leaf is an array of a real floating-point dtype."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            hint = "Give its real and imaginary parts as two parameters." if dtype.kind == "c" else ""
-            raise TypeError(f"{name}{keystr(path)}: expected a real floating-point array, got {dtype}. {hint}".strip())
+        where = f"{name}{keystr(path)}: expected a real floating-point array, got"
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"{where} {leaf!r} of type {type(leaf).__name__}.")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            complex_ = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+            hint = " Give its real and imaginary parts as two parameters." if complex_ else ""
+            raise TypeError(f"{where} {leaf.dtype}.{hint}")
 
 
-def match(name: str, tree: Any, updates: optax.Updates) -> Any:
-    """`tree` in the structure of `updates`, or an error that names the first path at which they differ.
+def is_function(sampled_grads: Any) -> TypeGuard[Callable[[], Any]]:
+    """Whether it is a function that returns a tree, and not a tree that can be called, such as a module."""
+    return callable(sampled_grads) and (isinstance(sampled_grads, Partial) or jax.tree_util.all_leaves([sampled_grads]))
 
-    Where `updates` holds None or an `optax.MaskedNode`, whatever `tree` has is left out; where it holds an array,
+
+def match(name: str, tree: Any, other: Any, other_name: str) -> Any:
+    """`tree` in the structure of `other`, or an error that names the first path at which they differ.
+
+    Where `other` holds None or an `optax.MaskedNode`, whatever `tree` has is left out; where it holds an array,
     `tree` may have an array in a box of one (a Flax variable).
 
     Raises:
       ValueError: another structure, or another shape.
-      TypeError: a leaf that is not real and floating-point.
+      TypeError: a leaf that is not a real floating-point array.
     """
-    flat_updates, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_left_out)
+    places, structure = jax.tree_util.tree_flatten_with_path(other, is_leaf=_is_left_out)
     try:
         subtrees = structure.flatten_up_to(tree)
     except (ValueError, TypeError):
-        raise ValueError(_first_difference(name, tree, updates)) from None
+        raise ValueError(_first_difference(name, tree, other, other_name)) from None
     matched = []
-    for (path, update), subtree in zip(flat_updates, subtrees, strict=True):
-        if _is_left_out(update):
-            matched.append(update)
+    for (path, array), subtree in zip(places, subtrees, strict=True):
+        if _is_left_out(array):
+            matched.append(array)
             continue
         leaves = jax.tree.leaves(subtree)
         if len(leaves) != 1:
             raise ValueError(
-                f"{name}: expected the structure of the gradients, but {len(leaves)} arrays came at "
-                f"{name}{keystr(path)}, where they have one."
+                f"{name}: expected the structure of {other_name}, but {len(leaves)} arrays came at "
+                f"{name}{keystr(path)}, where there is one in it."
             )
-        if jnp.shape(leaves[0]) != jnp.shape(update):
+        if jnp.shape(leaves[0]) != jnp.shape(array):
             raise ValueError(
-                f"{name}{keystr(path)}: expected the gradient's shape {jnp.shape(update)}, got {jnp.shape(leaves[0])}."
+                f"{name}{keystr(path)}: expected the shape {jnp.shape(array)} of {other_name}, "
+                f"got {jnp.shape(leaves[0])}."
             )
         matched.append(leaves[0])
     result = jax.tree.unflatten(structure, matched)
@@ -88,18 +112,18 @@ def _is_left_out(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _first_difference(name: str, tree: Any, updates: Any) -> str:
-    places = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_left_out)[0]
+def _first_difference(name: str, tree: Any, other: Any, other_name: str) -> str:
+    places = jax.tree_util.tree_flatten_with_path(other, is_leaf=_is_left_out)[0]
     got = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
     def begins(path: KeyPath, prefix: KeyPath) -> bool:
         return path[: len(prefix)] == prefix
 
-    message = f"{name}: expected the structure of the gradients"
-    for place, update in places:
-        if not _is_left_out(update) and not any(begins(path, place) for path in got):
+    message = f"{name}: expected the structure of {other_name}"
+    for place, array in places:
+        if not _is_left_out(array) and not any(begins(path, place) for path in got):
             return f"{message}, but nothing came at {name}{keystr(place)}."
     for path in got:
         if not any(begins(path, place) for place, _ in places):
-            return f"{message}, but something came at {name}{keystr(path)}, where they have nothing."
-    return f"{message}, {jax.tree.structure(updates)}, got {jax.tree.structure(tree)}."
+            return f"{message}, but something came at {name}{keystr(path)}, where there is nothing in it."
+    return f"{message}, {jax.tree.structure(other)}, got {jax.tree.structure(tree)}."

@@ -60,11 +60,6 @@ def _over_stack(function: Callable[..., Any], view: Modes) -> Callable[..., Any]
     return function
 
 
-def trace(matrix: jax.Array) -> jax.Array:
-    """The trace of a matrix, of which perhaps only the diagonal is kept."""
-    return jnp.sum(matrix) if matrix.ndim == 1 else jnp.trace(matrix)
-
-
 def contraction(tensor: jax.Array, mode: int, *, diagonal: bool) -> jax.Array:
     """G^(i) = mat_i(G) mat_i(G)^T of Eq. (2), or only its diagonal."""
     others = [axis for axis in range(tensor.ndim) if axis != mode]
@@ -79,22 +74,25 @@ def identify(contractions: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     Written as U_i = C_i * c0 * d_i / tr(C_1), which is the same as C_i / (c0^(k-1) prod_{j!=i} d_j) but has no
     intermediate that over- or underflows when C_i and U_i do not. Statistics that are all zero give U_i = 0.
     """
-    total = trace(contractions[0])  # All contractions have the same.
+    first = contractions[0]
+    trace = jnp.sum(first) if first.ndim == 1 else jnp.trace(first)  # All contractions have the same.
     order, size = len(contractions), max(math.prod(len(c) for c in contractions), 1)
-    mean_eigenvalue = total ** (1 / order) / size ** (1 / order)  # c0
-    scale = jnp.where(total > 0, mean_eigenvalue / jnp.where(total > 0, total, 1), 0)
+    divisor = jnp.where(trace > 0, trace, 1)
+    mean_eigenvalue = divisor ** (1 / order) / size ** (1 / order)  # c0
+    scale = jnp.where(trace > 0, mean_eigenvalue / divisor, 0)
     return tuple(c * (scale * len(c)) for c in contractions)
 
 
 def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     """(U + eps I)^-1, by Cholesky factorization.
 
-    Where eps is below the rounding errors of U itself, it is raised to their size, so that the inverse is finite.
+    An eps below the rounding errors of a dense U is raised to their size, so that the inverse is finite: to the dtype's
+    epsilon times the largest absolute row sum, which bounds U's largest eigenvalue.
     """
-    floor = jnp.finfo(factor.dtype).eps * trace(factor)
-    damping = jnp.maximum(damping, floor)
     if factor.ndim == 1:
         return 1 / (factor + damping)
+    row_sums = jnp.sum(jnp.abs(factor), axis=1)
+    damping = jnp.maximum(damping, jnp.finfo(factor.dtype).eps * jnp.max(row_sums, initial=0))
     return _positive_definite_inverse(factor + damping * jnp.eye(len(factor), dtype=factor.dtype))
 
 
@@ -103,7 +101,7 @@ def mode_products(tensor: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array
     # Each product takes the leading axis away and appends it: after k of them the axes are in order again.
     for matrix in matrices:
         if matrix.ndim == 1:
-            tensor = jnp.moveaxis(tensor, 0, -1) * matrix
+            tensor = jnp.moveaxis(tensor, 0, -1) * jnp.expand_dims(matrix, range(tensor.ndim - 1))
         else:
             tensor = jnp.tensordot(tensor, matrix, axes=(0, 0), precision=_HIGHEST)
     return tensor

@@ -27,7 +27,8 @@ def value_and_sampled_grad(
       forward: `forward(params, inputs) -> outputs`, or `(outputs, aux)` with `has_aux`. `inputs` is any pytree: put
         a dropout key or the running averages of a BatchNorm there.
       predictive: `Categorical()`, `Bernoulli()`, `Normal()` or an object of your own with their methods `loss` and
-        `sample` (see `tnt_optax.PredictiveDistribution`).
+        `sample` (see `tnt_optax.PredictiveDistribution`). One that holds arrays made inside a jitted step, such as a
+        mask, has to be a pytree.
       has_aux: whether `forward` returns `(outputs, aux)`, such as BatchNorm's new averages.
       scale: "mean": the sampled gradient G is the mean over the batch of m examples, as in the paper, and so the
         factors estimate F/m. "fisher": G is multiplied by sqrt(m), and so the factors estimate the Fisher
@@ -75,7 +76,15 @@ def value_and_sampled_grad(
         return pullback(cotangent)[0]
 
     def value_and_grads(params: Any, inputs: Any, targets: Any, key: jax.Array) -> tuple[Any, Any, Partial]:
-        outputs, pullback, *aux = jax.vjp(lambda p: forward(p, inputs), params, has_aux=has_aux)
+        def outputs_and_aux(params: Any) -> Any:
+            result = forward(params, inputs)
+            if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(
+                    f"forward: expected it to return (outputs, aux) with has_aux=True, got {type(result).__name__}."
+                )
+            return result
+
+        outputs, pullback, *aux = jax.vjp(outputs_and_aux, params, has_aux=has_aux)
         loss, cotangent = jax.value_and_grad(predictive.loss)(outputs, targets)
         (grads,) = pullback(cotangent)
         sampled_grads = Partial(sampled_gradient, pullback, [] if opaque else leaves, outputs, key)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 
 import jax
@@ -52,8 +53,8 @@ def resolve(modes: ModesFn | None, path: KeyPath, shape: tuple[int, ...]) -> Mod
     if not isinstance(chosen, Modes):
         raise TypeError(f"{where}: expected a tnt_optax.Modes or None, got {type(chosen).__name__}.")
     try:
-        groups = tuple(tuple(int(axis) for axis in group) for group in chosen.groups)
-        batch = tuple(int(axis) for axis in chosen.batch)
+        groups = tuple(tuple(operator.index(axis) for axis in group) for group in chosen.groups)
+        batch = tuple(operator.index(axis) for axis in chosen.batch)
     except TypeError:
         raise TypeError(
             f"{where}: expected groups to be a tuple of tuples of axes and batch a tuple of axes, "

@@ -6,12 +6,14 @@ gradients of sampled targets the Fisher matrix of Eq. (1). They are computed in 
 """
 
 import dataclasses
+import numbers
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from tnt_optax import checks
 from tnt_optax.dtypes import float32_or_better
 
 
@@ -54,22 +56,23 @@ class Categorical:
           TypeError: the targets are not integers.
           ValueError: the targets' (or weights') shape is not that of the outputs without its last axis.
         """
+        logits = _at_least_float32(outputs)
         targets = jnp.asarray(targets)
-        expected = jnp.shape(outputs)[:-1]
-        if jnp.ndim(outputs) == 0:
+        expected = logits.shape[:-1]
+        if logits.ndim == 0:
             raise ValueError("outputs: expected logits of shape (..., classes), got a scalar.")
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(
                 f"targets: Categorical expects integer labels of shape {expected}, got {targets.dtype} of shape "
                 f"{targets.shape}. One-hot targets become labels with jnp.argmax(targets, axis=-1)."
             )
-        _check_shape("targets", targets.shape, expected, f"outputs of shape {jnp.shape(outputs)}")
-        logits = _at_least_float32(outputs)
+        _check_shape("targets", targets.shape, expected, f"outputs of shape {logits.shape}")
         if self.weights is None:
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
         weights = self._weights(outputs)
         # Whatever stands on a padded position, even if it is not finite, has no part in loss and gradient.
         logits = jnp.where(weights[..., None] == 0, 0, logits)
+        targets = jnp.where(weights == 0, 0, targets)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         total = jnp.sum(weights)
         return jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
@@ -130,8 +133,9 @@ class Normal:
     variance: Any = 1.0
 
     def __post_init__(self) -> None:  # noqa: D105
-        if isinstance(self.variance, (int, float)) and not self.variance > 0:
-            raise ValueError(f"variance: expected a number > 0, got {self.variance}.")
+        # JAX also builds it with placeholders for its arrays.
+        if isinstance(self.variance, numbers.Real | str):
+            checks.check_positive("variance", self.variance)
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """Squared error / (2 variance), summed over an example's outputs, mean over the batch: a scalar.
@@ -141,17 +145,29 @@ class Normal:
         """
         targets = _like_outputs(outputs, targets)
         means = _at_least_float32(outputs)
-        return _sum_then_mean(jnp.square(means - targets) / (2 * jnp.asarray(self.variance, means.dtype)))
+        return _sum_then_mean(jnp.square(means - targets) / (2 * self._variance(means)))
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         """Outputs plus normal noise of the variance, in float32 or better."""
         means = _at_least_float32(outputs)
-        deviation = jnp.sqrt(jnp.asarray(self.variance, means.dtype))
-        return means + deviation * jax.random.normal(key, means.shape, means.dtype)
+        return means + jnp.sqrt(self._variance(means)) * jax.random.normal(key, means.shape, means.dtype)
+
+    def _variance(self, means: jax.Array) -> jax.Array:
+        try:
+            return jnp.broadcast_to(jnp.asarray(self.variance, means.dtype), means.shape)
+        except ValueError:
+            raise ValueError(
+                f"variance: expected a shape that broadcasts to the outputs' {means.shape}, "
+                f"got {jnp.shape(self.variance)}."
+            ) from None
 
 
 def _at_least_float32(outputs: jax.Array) -> jax.Array:
-    outputs = jnp.asarray(outputs)
+    if not hasattr(outputs, "dtype"):
+        raise TypeError(
+            f"outputs: expected an array, got {type(outputs).__name__}. Does `forward` return (outputs, aux)? Then say "
+            f"has_aux=True."
+        )
     return outputs.astype(float32_or_better(outputs))
 
 

@@ -16,6 +16,9 @@ from tnt_optax.modes import Modes, ModesFn, batch_shape, mode_dims, resolve
 
 Number = float | jax.Array
 NumberOrSchedule = Number | optax.Schedule
+# For the function `warm_start`, which can't reach a TNTState inside wrappers but through `update`: which of steps 2
+# and 3 to do in a call that is no step.
+WarmStart = Literal["absorb", "refresh"]
 
 
 class TNTState(NamedTuple):
@@ -29,8 +32,6 @@ class TNTState(NamedTuple):
         moving average C_i of G^(i), of shape (*batch, d_i, d_i), or (*batch, d_i) for a mode that is longer than
         `max_dim`.
       inverses: the same for the cached P_i = (U_i + damping I)^-1.
-      rejected: int32 array of shape (3,): how many gradients, sampled gradients and refreshes of the inverses gave
-        numbers that are not finite. Those were kept out of the state, and for such a gradient the update was zero.
     """
 
     count: jax.Array
@@ -38,7 +39,22 @@ class TNTState(NamedTuple):
     momentum: Any
     contractions: Any
     inverses: Any
-    rejected: jax.Array
+
+
+class RejectedState(NamedTuple):
+    """How often `tnt` met numbers that are not finite; the second element of its state. All are int32 scalars.
+
+    Such numbers never enter the `TNTState`, and training goes on.
+
+    Attributes:
+      gradients: steps whose gradient (or direction) was not finite: their update was zero.
+      sampled_gradients: sampled gradients that were not absorbed.
+      inverses: refreshes after which the inverses stayed as they were.
+    """
+
+    gradients: jax.Array
+    sampled_gradients: jax.Array
+    inverses: jax.Array
 
 
 def scale_by_tnt(
@@ -56,47 +72,19 @@ def scale_by_tnt(
     """Momentum, preconditioned by the inverse of the Kronecker-factored Fisher matrix: the direction p of Algorithm 3.
 
     The arguments are those of `tnt`, which see; learning rate and weight decay are left to other transformations.
-    The direction points along the gradient: chain `optax.scale_by_learning_rate` behind it.
+    The direction points along the gradient: chain `optax.scale_by_learning_rate` behind it. The state is a `TNTState`.
     """
-    if not callable(damping):
-        checks.check_positive("damping", damping)
-    checks.check_unit_interval("decay", decay)
-    checks.check_unit_interval("momentum", momentum)
-    if trust_radius is not None and not callable(trust_radius):
-        checks.check_positive("trust_radius", trust_radius)
-    checks.check_period("statistics_period", statistics_period)
-    checks.check_period("inverse_period", inverse_period)
-    if fisher not in ("sampled", "empirical"):
-        raise ValueError(f"fisher: expected 'sampled' or 'empirical', got {fisher!r}.")
-    if modes is not None and not callable(modes):
-        raise TypeError(f"modes: expected a function (path, shape) -> Modes or None, got {type(modes).__name__}.")
-    checks.check_period("max_dim", max_dim)
-
-    def views(tree: optax.Params) -> Any:
-        """A tree of `Modes`."""
-        return jax.tree_util.tree_map_with_path(lambda path, x: resolve(modes, path, jnp.shape(x)), tree)
-
-    def init(params: optax.Params) -> TNTState:
-        checks.check_floating("params", params)
-        if isinstance(max_dim, jax.core.Tracer):
-            raise TypeError(
-                "max_dim: expected a Python integer, got a traced one: name it in inject_hyperparams' static_args."
-            )
-
-        def zero_matrices(x: jax.Array, view: Modes) -> tuple[jax.Array, ...]:
-            batch, dims = batch_shape(view, jnp.shape(x)), mode_dims(view, jnp.shape(x))
-            dtype = float32_or_better(x)
-            return tuple(jnp.zeros((*batch, d) if d > max_dim else (*batch, d, d), dtype) for d in dims)
-
-        matrices = jax.tree.map(zero_matrices, params, views(params))
-        return TNTState(
-            count=jnp.zeros([], jnp.int32),
-            statistics_count=jnp.zeros([], jnp.int32),
-            momentum=jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), float32_or_better(x)), params),
-            contractions=matrices,
-            inverses=jax.tree.map(jnp.zeros_like, matrices),
-            rejected=jnp.zeros(3, jnp.int32),
-        )
+    init, step = _algorithm(
+        damping=damping,
+        decay=decay,
+        mu=momentum,
+        statistics_period=statistics_period,
+        inverse_period=inverse_period,
+        fisher=fisher,
+        trust_radius=trust_radius,
+        modes=modes,
+        max_dim=max_dim,
+    )
 
     def update(
         updates: optax.Updates,
@@ -104,72 +92,12 @@ def scale_by_tnt(
         params: optax.Params | None = None,
         *,
         sampled_grads: Any = None,
-        warm_start: Literal["absorb", "refresh"] | None = None,
+        warm_start: WarmStart | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        # `warm_start` is for the function of that name, which can't reach a TNTState inside wrappers otherwise: it says
-        # which of steps 2 and 3 to do, and that this is no step.
+    ) -> tuple[optax.Updates, TNTState]:
         del params, extra_args
-        checks.check_floating("updates", updates)
-        if fisher == "sampled" and sampled_grads is None and warm_start is None:
-            raise ValueError(_MISSING_SAMPLED_GRADS)
-        use_gradients = fisher == "empirical" and warm_start is None
-        t, n = state.count, state.statistics_count
-        plain_mean = 1 / as_float(n + 1)
-        if warm_start is None:
-            absorb_now = _is_due(t, statistics_period)
-            refresh_now = _is_due(t, inverse_period) | (absorb_now & (t < as_int32(inverse_period)))
-            weight = jnp.maximum(1 - as_float(decay), plain_mean)
-        else:
-            absorb_now, refresh_now, weight = warm_start == "absorb", warm_start == "refresh", plain_mean
-
-        view = views(updates)
-
-        def as_tuples(matrices: Any) -> Any:
-            # After a step, flax.nnx.Optimizer holds them as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
-            return jax.tree.map(lambda _, m: tuple(jax.tree.leaves(m)), updates, matrices)
-
-        old_contractions, old_inverses = as_tuples(state.contractions), as_tuples(state.inverses)
-
-        def absorb() -> Any:
-            gradients = updates
-            if not use_gradients:
-                sampled = sampled_grads() if callable(sampled_grads) else sampled_grads
-                gradients = checks.match("sampled_grads", sampled, updates)
-            new = jax.tree.map(
-                lambda g, v, c: factors.average_contractions(g, v, c, weight), gradients, view, old_contractions
-            )
-            finite = _all_finite(new)
-            return _where(finite, new, old_contractions), finite
-
-        def refresh() -> Any:
-            eps = as_float(_at(damping, t))
-            new = jax.tree.map(lambda _, v, c: factors.damped_inverses(v, c, eps), updates, view, contractions)
-            finite = _all_finite(new)
-            return _where(finite, new, old_inverses), finite
-
-        contractions, absorbed = _cond(absorb_now, absorb, lambda: (old_contractions, jnp.bool_(True)))
-        inverses, refreshed = _cond(refresh_now, refresh, lambda: (old_inverses, jnp.bool_(True)))
-        state = state._replace(
-            statistics_count=jnp.where(absorb_now & absorbed, optax.safe_increment(n), n),
-            contractions=contractions,
-            inverses=inverses,
-        )
-        if warm_start is not None:
-            return updates, _count_rejected(state, jnp.bool_(True), absorbed, refreshed)
-
-        accumulated = jax.tree.map(
-            lambda m, g: as_float(momentum).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, updates
-        )
-        finite = _all_finite(accumulated)
-        accumulated = _where(finite, accumulated, state.momentum)
-        direction = jax.tree.map(factors.precondition, view, accumulated, inverses)
-        if trust_radius is not None:
-            direction = _bound(direction, accumulated, as_float(_at(trust_radius, t)))
-        finite &= _all_finite(direction)
-        direction = jax.tree.map(lambda p, g: jnp.where(finite, p, 0).astype(g.dtype), direction, updates)
-        state = state._replace(count=optax.safe_increment(t), momentum=accumulated)
-        return direction, _count_rejected(state, finite, absorbed, refreshed)
+        direction, state, rejected = step(updates, state, sampled_grads, warm_start)
+        return _cast_like(direction, updates, taken=~rejected.gradients), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -233,8 +161,9 @@ def tnt(
         another structure or shape than the gradients.
       TypeError: an argument of a wrong type, or (from `init` and `update`) a parameter that is not real and floating.
     """
-    if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
-        raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay}.")
+    if learning_rate is not None and not callable(learning_rate):
+        checks.check_finite("learning_rate", learning_rate)
+    checks.check_not_negative("weight_decay", weight_decay)
     radius = trust_radius
     if trust_radius is not None and learning_rate is not None:
         if not callable(trust_radius):
@@ -244,57 +173,196 @@ def tnt(
             return as_float(_at(trust_radius, t)) / jnp.abs(as_float(_at(learning_rate, t)))
 
         radius = radius_of_direction
-    no_decay = isinstance(weight_decay, (int, float)) and weight_decay == 0
-    chain = optax.chain(
-        scale_by_tnt(
-            damping=damping,
-            decay=decay,
-            momentum=momentum,
-            statistics_period=statistics_period,
-            inverse_period=inverse_period,
-            fisher=fisher,
-            trust_radius=radius,
-            modes=modes,
-            max_dim=max_dim,
-        ),
-        # Without decay, `update` works without `params` too.
+    init_tnt, step = _algorithm(
+        damping=damping,
+        decay=decay,
+        mu=momentum,
+        statistics_period=statistics_period,
+        inverse_period=inverse_period,
+        fisher=fisher,
+        trust_radius=radius,
+        modes=modes,
+        max_dim=max_dim,
+    )
+    # Without decay, `update` works without `params` too.
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    rest = optax.chain(
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        new_state: Any
-        updates, new_state = chain.update(updates, state, params, **extra_args)
-        # Nor do parameters decay on a step that is not taken.
-        taken = new_state[0].rejected[0] == state[0].rejected[0]
-        return jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), updates), new_state
+    def init(params: optax.Params) -> tuple[TNTState, RejectedState, optax.OptState]:
+        return init_tnt(params), RejectedState(*(jnp.zeros([], jnp.int32) for _ in range(3))), rest.init(params)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        sampled_grads: Any = None,
+        warm_start: WarmStart | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        tnt_state, counts, rest_state = state
+        direction, tnt_state, rejected = step(updates, tnt_state, sampled_grads, warm_start)
+        if params is not None:
+            params = jax.tree.map(lambda p, w: w.astype(p.dtype), direction, params)
+        scaled, rest_state = rest.update(direction, rest_state, params)
+        counts = jax.tree.map(lambda count, now: count + now.astype(jnp.int32), counts, rejected)
+        # On a step that is not taken parameters don't decay either.
+        return _cast_like(scaled, updates, taken=~rejected.gradients), (tnt_state, counts, rest_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _algorithm(
+    *,
+    damping: NumberOrSchedule,
+    decay: Number,
+    mu: Number,
+    statistics_period: int | jax.Array,
+    inverse_period: int | jax.Array,
+    fisher: str,
+    trust_radius: NumberOrSchedule | None,
+    modes: ModesFn | None,
+    max_dim: int,
+) -> tuple[Callable[..., TNTState], Callable[..., tuple[optax.Updates, TNTState, RejectedState]]]:
+    """Algorithm 3, as the functions `init` and `step`; a step also tells what it rejected."""
+    if not callable(damping):
+        checks.check_positive("damping", damping)
+    checks.check_unit_interval("decay", decay)
+    checks.check_unit_interval("momentum", mu)
+    if trust_radius is not None and not callable(trust_radius):
+        checks.check_positive("trust_radius", trust_radius)
+    checks.check_period("statistics_period", statistics_period)
+    checks.check_period("inverse_period", inverse_period)
+    if fisher not in ("sampled", "empirical"):
+        raise ValueError(f"fisher: expected 'sampled' or 'empirical', got {fisher!r}.")
+    if modes is not None and not callable(modes):
+        raise TypeError(f"modes: expected a function (path, shape) -> Modes or None, got {type(modes).__name__}.")
+    checks.check_period("max_dim", max_dim)
+
+    def views(tree: optax.Params) -> Any:
+        """A tree of `Modes`."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: resolve(modes, path, x.shape), tree)
+
+    def init(params: optax.Params) -> TNTState:
+        checks.check_floating("params", params)
+        if isinstance(max_dim, jax.core.Tracer):
+            raise TypeError(
+                "max_dim: expected a Python integer, got a traced one: name it in inject_hyperparams' static_args."
+            )
+
+        def zero_matrices(x: jax.Array, view: Modes) -> tuple[jax.Array, ...]:
+            batch, dims = batch_shape(view, x.shape), mode_dims(view, x.shape)
+            dtype = float32_or_better(x)
+            return tuple(jnp.zeros((*batch, d) if d > max_dim else (*batch, d, d), dtype) for d in dims)
+
+        matrices = jax.tree.map(zero_matrices, params, views(params))
+        return TNTState(
+            count=jnp.zeros([], jnp.int32),
+            statistics_count=jnp.zeros([], jnp.int32),
+            momentum=jax.tree.map(lambda x: jnp.zeros(x.shape, float32_or_better(x)), params),
+            contractions=matrices,
+            inverses=jax.tree.map(jnp.zeros_like, matrices),
+        )
+
+    def step(
+        gradients: optax.Updates, state: Any, sampled_grads: Any, warm_start: WarmStart | None
+    ) -> tuple[optax.Updates, TNTState, RejectedState]:
+        if not isinstance(state, TNTState):
+            raise TypeError(f"state: expected a TNTState, got {type(state).__name__}: is it another optimizer's state?")
+        gradients = checks.match("updates", gradients, state.momentum, "the optimizer's state")
+        if fisher == "sampled" and sampled_grads is None and warm_start is None:
+            raise ValueError(_MISSING_SAMPLED_GRADS)
+        use_gradients = fisher == "empirical" and warm_start is None
+        t, n = state.count, state.statistics_count
+        plain_mean = 1 / as_float(n + 1)
+        if warm_start is None:
+            absorb_now = _is_due(t, statistics_period)
+            refresh_now = _is_due(t, inverse_period) | (absorb_now & (t < as_int32(inverse_period)))
+            weight = jnp.maximum(1 - as_float(decay), plain_mean)
+        else:
+            absorb_now, refresh_now, weight = warm_start == "absorb", warm_start == "refresh", plain_mean
+
+        view = views(gradients)
+
+        def as_tuples(matrices: Any) -> Any:
+            # After a step, flax.nnx.Optimizer holds them as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
+            return jax.tree.map(lambda _, m: tuple(jax.tree.leaves(m)), gradients, matrices)
+
+        old_contractions, old_inverses = as_tuples(state.contractions), as_tuples(state.inverses)
+
+        def absorb() -> Any:
+            tree = gradients
+            if not use_gradients:
+                tree = sampled_grads() if checks.is_function(sampled_grads) else sampled_grads
+                tree = checks.match("sampled_grads", tree, gradients, "the gradients")
+            new = jax.tree.map(
+                lambda g, v, c: factors.average_contractions(g, v, c, weight), tree, view, old_contractions
+            )
+            finite = _all_finite(new)
+            return _where(finite, new, old_contractions), finite
+
+        def refresh() -> Any:
+            eps = as_float(_at(damping, t))
+            new = jax.tree.map(lambda _, v, c: factors.damped_inverses(v, c, eps), gradients, view, contractions)
+            finite = _all_finite(new)
+            return _where(finite, new, old_inverses), finite
+
+        contractions, absorbed = _cond(absorb_now, absorb, lambda: (old_contractions, jnp.bool_(True)))
+        inverses, refreshed = _cond(refresh_now, refresh, lambda: (old_inverses, jnp.bool_(True)))
+        state = state._replace(
+            statistics_count=jnp.where(absorb_now & absorbed, optax.safe_increment(n), n),
+            contractions=contractions,
+            inverses=inverses,
+        )
+        if warm_start is not None:
+            return gradients, state, RejectedState(jnp.bool_(False), ~absorbed, ~refreshed)
+
+        momentum = jax.tree.map(
+            lambda m, g: as_float(mu).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, gradients
+        )
+        finite = _all_finite(momentum)
+        momentum = _where(finite, momentum, state.momentum)
+        direction = jax.tree.map(factors.precondition, view, momentum, inverses)
+        if trust_radius is not None:
+            direction = _bound(direction, momentum, as_float(_at(trust_radius, t)))
+        finite &= _all_finite(direction)
+        state = state._replace(count=optax.safe_increment(t), momentum=momentum)
+        return direction, state, RejectedState(~finite, ~absorbed, ~refreshed)
+
+    return init, step
+
+
+def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
+    """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2."""
+    products = jax.tree.map(lambda p, m: as_float(jnp.vdot(p, m, precision=lax.Precision.HIGHEST)), direction, momentum)
+    squared_norm = sum(jax.tree.leaves(products), start=as_float(0.0))
+    scale = jnp.where(squared_norm > jnp.square(radius), radius * lax.rsqrt(squared_norm), 1)
+    # An infinite norm does not tell how much to shorten: the step is then rejected, like all that is not finite.
+    scale = jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
+    return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction)
+
+
+def _cast_like(updates: optax.Updates, gradients: optax.Updates, *, taken: jax.Array) -> optax.Updates:
+    """The updates in the gradients' dtypes; all zero on a step that is not taken."""
+    cast = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradients)
+    taken &= _all_finite(cast)  # A narrow dtype may overflow.
+    return jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), cast)
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], jnp.bool_(True))
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, leaves, jnp.bool_(True))
 
 
 def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), if_true, if_false)
 
 
-def _count_rejected(state: TNTState, *finite: jax.Array) -> TNTState:
-    return state._replace(rejected=state.rejected + (~jnp.stack(finite)).astype(jnp.int32))
-
-
-def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
-    """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2."""
-    products = jax.tree.map(lambda p, m: as_float(jnp.vdot(p, m, precision=lax.Precision.HIGHEST)), direction, momentum)
-    squared_norm = jnp.maximum(optax.tree.sum(products), 0)  # Rounding may take it below.
-    scale = jnp.minimum(1, radius * lax.rsqrt(squared_norm))
-    return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction)
-
-
-def _at(value: NumberOrSchedule, t: jax.Array) -> jax.typing.ArrayLike:
+def _at(value: Any, t: jax.Array) -> Any:
     return value(t) if callable(value) else value
 
 

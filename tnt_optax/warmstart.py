@@ -1,17 +1,16 @@
 """Statistics before the first step: the paper's warm start."""
 
 import functools
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.core
 import optax
 from jax.tree_util import Partial
 
-from tnt_optax.transform import TNTState
-
-Stage = Literal["absorb", "refresh"]
+from tnt_optax import checks
+from tnt_optax.transform import TNTState, WarmStart
 
 
 def warm_start(
@@ -39,6 +38,15 @@ def warm_start(
       ValueError: `sampled_grads` is empty, `opt_state` holds no `TNTState`, or `tx` did not hand it on to it; and
         what `update` raises for a sampled gradient that does not fit.
     """
+    if (
+        checks.is_function(sampled_grads)
+        or not isinstance(sampled_grads, Iterable)
+        or isinstance(sampled_grads, Mapping)
+    ):
+        raise TypeError(
+            "sampled_grads: expected an iterable of sampled gradients, for example a list or a generator, got "
+            f"{type(sampled_grads).__name__}."
+        )
     before = _tnt_states(opt_state)
     if not before:
         raise ValueError(
@@ -52,7 +60,7 @@ def warm_start(
         )
 
     @functools.partial(jax.jit, static_argnames="stage")
-    def advance(opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: Stage) -> optax.OptState:
+    def advance(opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: WarmStart) -> optax.OptState:
         _, new = tx.update(optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage)
         # Only the TNTStates: whatever else counts steps (schedules, say) has not seen one.
         return jax.tree.map(lambda o, n: n if _is_tnt_state(o) else o, opt_state, new, is_leaf=_is_tnt_state)
@@ -61,7 +69,7 @@ def warm_start(
     for gradient in sampled_grads:
         empty = False
         # A Partial is a pytree, and so compiled with the rest; another function has to be called first.
-        if callable(gradient) and not isinstance(gradient, Partial):
+        if checks.is_function(gradient) and not isinstance(gradient, Partial):
             gradient = gradient()
         opt_state = advance(opt_state, params, gradient, "absorb")
     if empty:
@@ -72,8 +80,8 @@ def warm_start(
         traced = isinstance(new.statistics_count, jax.core.Tracer)
         if not traced and int(new.statistics_count) == int(old.statistics_count):
             raise ValueError(
-                "tx: expected an optimizer that updates its TNTState, but it did not hand the sampled gradients on. "
-                f"{_WARM_START_INSIDE}"
+                "tx: expected an optimizer that updates its TNTState, but it absorbed none of the sampled gradients. "
+                f"Either none of them was finite, or a wrapper did not hand them on. {_WARM_START_INSIDE}"
             )
     return opt_state
 
