@@ -129,7 +129,8 @@ def tnt(
       learning_rate: alpha; a number, a schedule of the step, or None for the direction p + weight_decay * W alone,
         neither negated nor scaled, to be chained with `optax.scale_by_schedule` and the like.
       damping: eps > 0, a number or a schedule of the step: P_i = (U_i + eps I)^-1. It is on the scale of the factors'
-        mean eigenvalue, that is of (trace of the parameter's Fisher matrix / number of its elements)^(1/k).
+        mean eigenvalue, that is of (trace of the parameter's Fisher matrix / number of its elements)^(1/k). For a dense
+        factor it is at least the dtype's epsilon times the factor's largest absolute row sum.
       decay: beta in [0, 1): of the moving averages of the contractions. The first ones are a plain mean, so that no
         bias correction is needed: C <- (1-w) C + w G^(i) with w = max(1-beta, 1/(n+1)).
       momentum: mu in [0, 1): m <- mu m + g, before preconditioning and not dampened.
@@ -154,7 +155,7 @@ def tnt(
     Returns:
       A `GradientTransformationExtraArgs`. Its `update` takes `sampled_grads`: a tree like the parameters, or a
       function without arguments that returns one and is called inside `jax.lax.cond`; other extra arguments are
-      accepted. Updates have the dtypes of the gradients.
+      accepted. Updates have the dtypes of the gradients. Its state is a tuple (`TNTState`, `RejectedState`, ...).
 
     Raises:
       ValueError: a number out of its range, or an unknown `fisher`. From `update`: `sampled_grads` missing, or of

@@ -1,0 +1,141 @@
+"""A run of examples/checkpoint.py that is stopped or killed, and started again, ends like one that ran through."""
+
+import concurrent.futures
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tnt_optax
+
+ROOT = Path(__file__).parent.parent
+ocp = pytest.importorskip("orbax.checkpoint", reason="the example needs the extra `examples`")
+pytest.importorskip("sklearn", reason="the example needs the extra `examples`")
+
+
+def start(directory, steps, *arguments):
+    words = ("--directory", directory, "--steps", steps, "--widths", 8, *arguments)
+    # Compiling would be most of what these small runs do: do little of it, and once.
+    settings = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "examples/checkpoint.py"), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings},
+    )
+
+
+def train(*arguments):
+    with start(*arguments) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    return process.returncode, stdout, stderr
+
+
+def last_line(directory, steps, *arguments):
+    code, stdout, stderr = train(directory, steps, *arguments)
+    assert code == 0, stderr
+    line = stdout.splitlines()[-1]
+    assert re.fullmatch(rf"step {steps}, loss \d+\.\d{{4}}, SHA-256 [0-9a-f]{{64}}", line)
+    return line
+
+
+def complete(directory):
+    """The steps whose checkpoints are complete."""
+    return {int(path.name) for path in directory.glob("*") if path.name.isdigit()}
+
+
+def kill(directory, rng):
+    """Starts a run and kills it shortly after it began to write one of its first few checkpoints."""
+    before, seen, wanted = set(directory.glob("*")), set(), rng.randint(1, 5)
+    with start(directory, 40, "--every", 3) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while len(seen) < wanted and process.poll() is None and time.monotonic() < deadline:
+                seen |= {path.name.partition(".")[0] for path in set(directory.glob("*")) - before}
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.1))
+        finally:
+            process.kill()
+    return process.returncode
+
+
+def killed(directory):
+    """The newest complete checkpoint after each of three kills, and what the last run said."""
+    rng, newest = random.Random(0), []
+    for _ in range(3):
+        assert kill(directory, rng) == -signal.SIGKILL
+        newest.append(max(complete(directory), default=0))
+    return newest, last_line(directory, 40, "--every", 3)
+
+
+def test_run_that_goes_on_ends_with_the_same_bytes(tmp_path):
+    # One test: pytest-xdist would run a fixture that several tests share once for each of its processes.
+    through = last_line(tmp_path / "through", 40)  # Before the others, for which it compiles.
+
+    def stopped(steps):
+        last_line(tmp_path / str(steps), steps)
+        assert max(complete(tmp_path / str(steps))) == steps
+        return last_line(tmp_path / str(steps), 40)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        between_refreshes, on_a_refresh = pool.submit(stopped, 13), pool.submit(stopped, 20)
+        another_model = pool.submit(train, tmp_path / "through", 50, "--widths", 9)
+        newest, line = killed(tmp_path / "killed")
+
+    assert 0 < newest[-1] < 40  # There was something to restore, and something left to do.
+    assert newest == sorted(newest)
+    assert line == through
+    # Only the two newest remain, and nothing half written.
+    assert complete(tmp_path / "killed") == {39, 40}
+    assert not list((tmp_path / "killed").glob("*tmp*"))
+
+    assert between_refreshes.result() == through
+    assert on_a_refresh.result() == through
+
+    code, stdout, stderr = another_model.result()
+    assert code != 0
+    assert "Traceback" not in stdout + stderr
+    (error,) = stderr.splitlines()
+    assert str(tmp_path / "through") in error
+    assert "['layers'][0]['bias'] is (8,) there, and (9,) here" in error
+    assert max(complete(tmp_path / "through")) == 40
+
+
+def test_state_returns_as_it_was(tmp_path):
+    params = {"w": jnp.linspace(-1, 1, 12, dtype=jnp.bfloat16).reshape(4, 3), "b": [jnp.ones(3), jnp.float32(0.5)]}
+    grads = jax.tree.map(lambda x: jnp.cos(x) + jnp.ones_like(x), params)
+    tx = tnt_optax.tnt(learning_rate=0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inverse_period=5)
+    update = jax.jit(lambda state: tx.update(grads, state, params, sampled_grads=grads))
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = update(state)
+
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(3, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+        restored = manager.restore(3, args=ocp.args.StandardRestore(jax.eval_shape(tx.init, params)))
+
+    assert isinstance(restored[0], tnt_optax.TNTState)
+    assert int(restored[0].count) == 3
+    for now, then in ((restored, state), (update(restored), update(state))):
+        assert jax.tree.structure(now) == jax.tree.structure(then)
+        for x, y in zip(jax.tree.leaves(now), jax.tree.leaves(then), strict=True):
+            assert x.dtype == y.dtype
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
