@@ -1,4 +1,13 @@
-"""Settings for all tests: strict dtype promotion, so that no statistic changes its precision unnoticed."""
+"""Settings for all tests: strict dtype promotion, and one cache of compiled programs for all processes."""
+
+import os
+from pathlib import Path
+
+# Most of the tests' time is compilation, much of it of the same small programs: in the workers of pytest-xdist, in the
+# processes that tests start, and in the next run. Read by JAX when it is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -6,6 +15,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _strict_promotion(request):
+    """So that no statistic changes its precision unnoticed."""
     # Flax itself relies on implicit promotion.
     if "flax" in request.module.__name__ or "documents" in request.module.__name__:
         yield
