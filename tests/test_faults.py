@@ -194,6 +194,10 @@ def test_narrow_dtypes_do_not_overflow_before_the_learning_rate():
     direction = scale_by_tnt(damping=0.01, momentum=0.0)
     updates, _ = direction.update(grads, direction.init(params), sampled_grads=jnp.zeros_like(params))
     assert not np.any(updates)  # A step that cannot be said is not taken.
+    tx = tnt(1e3, damping=0.01, momentum=0.0)
+    updates, state = tx.update(grads, tx.init(params), params, sampled_grads=jnp.zeros_like(params))
+    assert not np.any(updates)
+    assert_rejected(state, gradients=1)
 
 
 def test_a_norm_that_overflows_is_not_taken_for_a_bounded_step():

@@ -47,7 +47,7 @@ class RejectedState(NamedTuple):
     Such numbers never enter the `TNTState`, and training goes on.
 
     Attributes:
-      gradients: steps whose gradient (or direction) was not finite: their update was zero.
+      gradients: steps whose gradient, direction or update was not finite: their update was zero.
       sampled_gradients: sampled gradients that were not absorbed.
       inverses: refreshes after which the inverses stayed as they were.
     """
@@ -97,7 +97,7 @@ def scale_by_tnt(
     ) -> tuple[optax.Updates, TNTState]:
         del params, extra_args
         direction, state, rejected = step(updates, state, sampled_grads, warm_start)
-        return _cast_like(direction, updates, taken=~rejected.gradients), state
+        return _cast_like(direction, updates, taken=~rejected.gradients)[0], state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -210,9 +210,11 @@ def tnt(
         if params is not None:
             params = jax.tree.map(lambda p, w: w.astype(p.dtype), direction, params)
         scaled, rest_state = rest.update(direction, rest_state, params)
-        counts = jax.tree.map(lambda count, now: count + now.astype(jnp.int32), counts, rejected)
         # On a step that is not taken parameters don't decay either.
-        return _cast_like(scaled, updates, taken=~rejected.gradients), (tnt_state, counts, rest_state)
+        scaled, taken = _cast_like(scaled, updates, taken=~rejected.gradients)
+        rejected = rejected._replace(gradients=~taken)
+        counts = jax.tree.map(lambda count, now: count + now.astype(jnp.int32), counts, rejected)
+        return scaled, (tnt_state, counts, rest_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -347,11 +349,13 @@ def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array)
     return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction)
 
 
-def _cast_like(updates: optax.Updates, gradients: optax.Updates, *, taken: jax.Array) -> optax.Updates:
-    """The updates in the gradients' dtypes; all zero on a step that is not taken."""
+def _cast_like(
+    updates: optax.Updates, gradients: optax.Updates, *, taken: jax.Array
+) -> tuple[optax.Updates, jax.Array]:
+    """The updates in the gradients' dtypes, all zero on a step that is not taken; and whether it is."""
     cast = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradients)
     taken &= _all_finite(cast)  # A narrow dtype may overflow.
-    return jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), cast)
+    return jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), cast), taken
 
 
 def _all_finite(tree: Any) -> jax.Array:
