@@ -71,9 +71,13 @@ def value_and_sampled_grad(
     def sampled_gradient(pullback: Callable, leaves: list, outputs: Any, key: jax.Array) -> Any:
         distribution = predictive if opaque else jax.tree.unflatten(structure, leaves)
         targets = distribution.sample(key, outputs)
-        multiplier = jnp.sqrt(_batch_size(distribution, outputs)) if scale == "fisher" else 1.0
-        cotangent = jax.grad(lambda o: multiplier * distribution.loss(o, targets))(outputs)
-        return pullback(cotangent)[0]
+        multiplier = jnp.sqrt(_batch_size(distribution, outputs)) if scale == "fisher" else jnp.float32(1)
+
+        def loss(outputs: Any) -> jax.Array:
+            value = jnp.asarray(distribution.loss(outputs, targets))
+            return multiplier.astype(value.dtype) * value
+
+        return pullback(jax.grad(loss)(outputs))[0]
 
     def value_and_grads(params: Any, inputs: Any, targets: Any, key: jax.Array) -> tuple[Any, Any, Partial]:
         def outputs_and_aux(params: Any) -> Any:

@@ -1,0 +1,407 @@
+"""What Optax asks of an optimizer, for every way to use this one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import tnt_optax
+from tnt_optax import TNTState, scale_by_tnt, tnt
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An optimizer with a learning rate, and the extra arguments that its `update` takes."""
+
+    factory: Callable[..., Any]
+    way: str  # in which it gets its statistics: "tree", "function" or "empirical"
+
+    def __call__(self, learning_rate=0.1, **hyperparams):
+        fisher = "empirical" if self.way == "empirical" else "sampled"
+        return self.factory(learning_rate, fisher=fisher, **hyperparams)
+
+    def extra(self, sampled):
+        ways = {"tree": {"sampled_grads": sampled}, "function": {"sampled_grads": lambda: sampled}, "empirical": {}}
+        return ways[self.way]
+
+
+def chained(learning_rate, **hyperparams):
+    return optax.chain(scale_by_tnt(**hyperparams), optax.scale_by_learning_rate(learning_rate))
+
+
+FACTORIES = {"tnt": tnt, "scale_by_tnt": chained}
+VARIANTS = {
+    f"{name}-{way}": Variant(f, way) for name, f in FACTORIES.items() for way in ("tree", "function", "empirical")
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return VARIANTS[request.param]
+
+
+SHAPES = {"scalar": (), "bias": (3,), "dense": (3, 2), "conv": (2, 1, 2, 3)}
+SHORT = {"statistics_period": 2, "inverse_period": 3, "damping": 0.2}
+# The same float32 operations, which XLA may fuse or fold in another way, with inverses of condition number up to 1e2.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def random_trees(seed, steps, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return [{k: jnp.asarray(rng.normal(size=s), dtype) for k, s in SHAPES.items()} for _ in range(steps)]
+
+
+def run(variant, tx, steps=4, jit=True, **extra):
+    """Parameters and state after a few steps."""
+    (params,) = random_trees(0, 1)
+    state = tx.init(params)
+
+    def step(grads, state, params, sampled):
+        updates, state = tx.update(grads, state, params, **variant.extra(sampled), **extra)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step) if jit else step
+    for grads, sampled in zip(random_trees(1, steps), random_trees(2, steps), strict=True):
+        params, state = step(grads, state, params, sampled)
+    return params, state
+
+
+def tnt_state(state):
+    (found,) = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TNTState)) if isinstance(x, TNTState)]
+    return found
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_eager_and_jitted_equal_the_reference(variant, jit):
+    params, _ = run(variant, variant(0.1, **SHORT), jit=jit)
+    views = {"scalar": (1,), "bias": (3,), "dense": (3, 2), "conv": (2, 2, 3)}
+
+    def as_views(tree):
+        return [np.asarray(tree[k], np.float64).reshape(view) for k, view in views.items()]
+
+    truth = reference.TNT(list(views.values()), learning_rate=0.1, **SHORT)
+    expected = as_views(random_trees(0, 1)[0])
+    for grads, sampled in zip(random_trees(1, 4), random_trees(2, 4), strict=True):
+        expected = truth.step(expected, as_views(grads), as_views(grads if variant.way == "empirical" else sampled))
+    for ours, theirs in zip(as_views(params), expected, strict=True):
+        # float32 against float64, three inverses of condition number up to 1e2 in a row.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_extra_arguments_are_accepted(variant):
+    tx = variant(0.1)
+    chex.assert_trees_all_equal(run(variant, tx)[0], run(variant, tx, value=1.0, loss_fn=3, key=None)[0])
+
+
+def test_no_recompilation_on_the_second_call(variant):
+    chex.clear_trace_counter()
+    tx = variant(0.1, **SHORT)
+    (params,) = random_trees(0, 1)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(grads, state, params):
+        return tx.update(grads, state, params, **variant.extra(grads))
+
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = step(params, state, params)
+
+
+# Problems of least squares: the residuals are the outputs of a model, Normal(0.5) makes the loss their sum of squares,
+# and the sampled gradient is that of the same model for sampled targets.
+PROBLEMS = {
+    "parabola": (lambda w: w - jnp.array([1.0, -2.0, 3.0]), jnp.array([-1.0, 10.0, 1.0])),
+    "Rosenbrock": (lambda w: jnp.stack([1 - w[0], 10 * (w[1] - w[0] ** 2)]), jnp.array([-1.2, 1.0])),
+    "a parabola of matrices": (lambda w: w["a"] @ w["b"] - jnp.eye(2), {"a": jnp.ones((2, 3)), "b": -jnp.eye(3, 2)}),
+    "mixed ranks": (
+        lambda w: jnp.concatenate([jnp.ravel(x) - i for i, x in enumerate(w)]),
+        [jnp.ones(shape) for shape in [(), (3,), (2, 2), (2, 3, 2), (1, 2, 2, 2)]],
+    ),
+}
+# The empirical factors vanish with the gradient, and then P = I/damping for every mode: its learning rate has to be
+# stable for that.
+SETTINGS = {
+    "parabola": {"sampled": (0.1, 0.1), "empirical": (0.1, 1.0)},
+    "Rosenbrock": {"sampled": (0.03, 1e-3), "empirical": (0.01, 10.0)},
+    "a parabola of matrices": {"sampled": (0.03, 0.1), "empirical": (0.1, 1.0)},
+    "mixed ranks": {"sampled": (0.03, 0.1), "empirical": (0.1, 1.0)},
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_it_converges(variant, problem):
+    residuals, start = PROBLEMS[problem]
+    learning_rate, damping = SETTINGS[problem]["empirical" if variant.way == "empirical" else "sampled"]
+    tx = variant(learning_rate, damping=damping, momentum=0.5, statistics_period=1, inverse_period=5)
+    value_and_grads = tnt_optax.value_and_sampled_grad(
+        lambda w, _: jnp.ravel(residuals(w))[None], tnt_optax.Normal(0.5), scale="fisher"
+    )
+
+    def step(carry, key):
+        params, state = carry
+        loss, grads, sampled = value_and_grads(params, None, jnp.zeros((1, jnp.size(residuals(params)))), key)
+        updates, state = tx.update(grads, state, params, **variant.extra(sampled()))
+        return (optax.apply_updates(params, updates), state), loss
+
+    keys = jax.random.split(jax.random.key(0), 10_000)
+    _, losses = jax.jit(lambda start, keys: jax.lax.scan(step, (start, tx.init(start)), keys))(start, keys)
+    assert losses[0] > 1
+    assert losses[-1] < 1e-4  # All minima are 0.
+
+
+def test_map_params_that_does_nothing_and_that_does(variant):
+    tx = variant(0.1)
+    _, state = run(variant, tx)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, state), state)
+    before, after = tnt_state(state), tnt_state(optax.tree.map_params(tx, jnp.zeros_like, state))
+    zeros = jax.tree.map(jnp.zeros_like, before)
+    chex.assert_trees_all_equal(after, zeros._replace(count=before.count, statistics_count=before.statistics_count))
+    assert int(before.count) == 4
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_inject_hyperparams_equals_plain(variant, jit):
+    fisher = "empirical" if variant.way == "empirical" else "sampled"
+    hyperparams = {**SHORT, "decay": 0.8, "momentum": 0.7, "trust_radius": 0.3}
+    if variant.factory is tnt:
+        hyperparams |= {"learning_rate": 0.1, "weight_decay": 0.1}
+        injected = optax.inject_hyperparams(tnt, static_args=("modes", "max_dim"))(fisher=fisher, **hyperparams)
+        plain = tnt(fisher=fisher, **hyperparams)
+    else:
+        injected = optax.inject_hyperparams(scale_by_tnt)(fisher=fisher, **hyperparams)
+        plain = scale_by_tnt(fisher=fisher, **hyperparams)
+    expected, _ = run(variant, plain, jit=jit)
+    ours, state = run(variant, injected, jit=jit)
+    chex.assert_trees_all_close(ours, expected, **CLOSE)
+    assert set(hyperparams) <= set(state.hyperparams)
+
+
+def test_a_constant_schedule_equals_a_number(variant):
+    numbers = {"damping": 0.2, "trust_radius": 0.3}
+    schedules = {name: optax.constant_schedule(value) for name, value in numbers.items()}
+    expected, _ = run(variant, variant(0.1, **numbers))
+    chex.assert_trees_all_close(run(variant, variant(optax.constant_schedule(0.1), **schedules))[0], expected, **CLOSE)
+    if variant.factory is tnt:
+        schedules |= {"learning_rate": optax.constant_schedule(0.1)}
+        fisher = "empirical" if variant.way == "empirical" else "sampled"
+        injected = optax.inject_hyperparams(tnt)(fisher=fisher, **schedules)
+        chex.assert_trees_all_close(run(variant, injected)[0], expected, **CLOSE)
+
+
+def test_an_injected_schedule_equals_a_schedule():
+    def rate(t):
+        return 0.1 / jnp.float32(t + 1)
+
+    variant = VARIANTS["tnt-tree"]
+    injected = optax.inject_hyperparams(tnt)(learning_rate=rate, damping=0.2)
+    expected, _ = run(variant, tnt(rate, damping=0.2))
+    chex.assert_trees_all_close(run(variant, injected)[0], expected, **CLOSE)
+
+
+MIXED = [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [*([dtype] * 4 for dtype in MIXED), MIXED], ids=lambda d: "-".join(x.__name__ for x in d)
+)
+def test_dtypes_through_a_conditional(variant, dtypes):
+    with jax.enable_x64(jnp.float64 in dtypes):
+
+        def cast(tree):
+            return {k: x.astype(dtype) for (k, x), dtype in zip(tree.items(), dtypes, strict=True)}
+
+        grads, sampled = cast(random_trees(0, 1)[0]), cast(random_trees(1, 1)[0])
+        tx = variant(0.1, **SHORT)
+
+        @jax.jit
+        def step(due, grads, state):
+            def take():
+                return tx.update(grads, state, grads, **variant.extra(sampled))
+
+            return jax.lax.cond(due, take, lambda: (jax.tree.map(jnp.zeros_like, grads), state))
+
+        state = tx.init(grads)
+        updates, new_state = step(True, grads, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        for name, dtype in zip(SHAPES, dtypes, strict=True):
+            wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+            found = tnt_state(new_state)
+            assert {x.dtype for x in (found.momentum[name], *found.contractions[name], *found.inverses[name])} == {wide}
+        # Only the cast to the gradients' dtype separates the result from that of float32.
+        wide_grads, wide_sampled = optax.tree.cast((grads, sampled), jnp.float32)
+        expected, _ = jax.jit(lambda g, s: tx.update(g, tx.init(g), g, **variant.extra(s)))(wide_grads, wide_sampled)
+        for name, dtype in zip(SHAPES, dtypes, strict=True):
+            # Rounded once to `dtype`, and for `scale_by_tnt` once more after multiplication by the learning rate.
+            rtol = 2 * float(jnp.finfo(dtype).eps) + 1e-5
+            ours, theirs = (np.asarray(tree[name], np.float64) for tree in (updates, expected))
+            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-5, err_msg=name)
+
+
+def test_none_and_empty_and_scalar_leaves(variant):
+    grads = {"matrix": jnp.ones((3, 2)), "none": None, "empty": jnp.zeros((0, 3)), "scalar": jnp.float32(2), "()": ()}
+    tx = variant(0.1, trust_radius=0.5)
+    updates, state = jax.jit(lambda g, s: tx.update(g, s, g, **variant.extra(g)))(grads, tx.init(grads))
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+    chex.assert_tree_all_finite((updates, state))
+
+
+def test_no_parameters_at_all(variant):
+    tx, params = variant(0.1, trust_radius=0.1), {"w": jnp.ones(3)}
+    updates, _ = tx.update({}, tx.init({}), {}, **variant.extra({}))
+    assert updates == {}
+    masked = optax.masked(tx, {"w": False})
+    updates, _ = masked.update(params, masked.init(params), params, **variant.extra(params))
+    chex.assert_trees_all_equal(updates, params)
+
+
+def test_init_reads_only_shapes_and_dtypes(variant):
+    tx, (params,) = variant(0.1), random_trees(0, 1)
+    state = tx.init(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    chex.assert_trees_all_equal(tx.init(shapes), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, shapes), state)
+
+
+def test_masked_and_partition_with_full_sampled_gradients(variant):
+    def labels(tree):
+        return {k: "tnt" if k in ("dense", "conv") else "sgd" for k in tree}
+
+    (start,) = random_trees(0, 1)
+    expected, _ = run(variant, variant(0.1, **SHORT))
+    partitioned, _ = run(variant, optax.partition({"tnt": variant(0.1, **SHORT), "sgd": optax.sgd(0.1)}, labels))
+    masked, _ = run(variant, optax.masked(variant(0.1, **SHORT), {k: v == "tnt" for k, v in labels(start).items()}))
+    for name, label in labels(start).items():
+        sums = sum(np.asarray(grads[name]) for grads in random_trees(1, 4))
+        for tree, rate in ((partitioned, -0.1), (masked, 1.0)):  # `masked` hands on what it does not touch.
+            truth = expected[name] if label == "tnt" else start[name] + rate * sums
+            np.testing.assert_allclose(tree[name], truth, **CLOSE, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.named_chain(("a", optax.identity()), ("b", tx)),
+        lambda tx: optax.conditionally_transform(tx, lambda step: step >= 0),
+        lambda tx: optax.chain(optax.clip_by_global_norm(1e6), tx, optax.scale(1.0)),
+    ],
+    ids=["apply_if_finite", "named_chain", "conditionally_transform", "chain"],
+)
+def test_wrappers(variant, wrap):
+    expected, _ = run(variant, variant(0.1, **SHORT))
+    chex.assert_trees_all_close(run(variant, wrap(variant(0.1, **SHORT)))[0], expected, **CLOSE)
+
+
+def test_apply_if_finite_skips_a_step_that_is_not(variant):
+    """It sees the zero update of a rejected gradient, which is finite: nothing changes, and both go on counting."""
+    (params,) = random_trees(0, 1)
+    tx = optax.apply_if_finite(variant(0.1, **SHORT), 3)
+    bad = jax.tree.map(lambda x: x * jnp.nan, params)
+    updates, state = tx.update(bad, tx.init(params), params, **variant.extra(params))
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    chex.assert_tree_all_finite(tnt_state(state))
+
+
+@jax.numpy_dtype_promotion("standard")  # MultiSteps itself promotes.
+def test_multi_steps_sees_the_mean_gradient_and_the_last_sampled_one(variant):
+    """Docs: recipes. MultiSteps calls the optimizer at every mini-step, and keeps what comes of each k-th call."""
+    (params,) = random_trees(0, 1)
+    tx, plain = variant(0.1, **SHORT), variant(0.1, **SHORT)
+    multi = optax.MultiSteps(tx, 3)
+    all_grads, all_sampled = random_trees(1, 9), random_trees(2, 9)
+    ours, state = params, multi.init(params)
+    step = jax.jit(lambda g, s, p, sampled: multi.update(g, s, p, **variant.extra(sampled)))
+    for grads, sampled in zip(all_grads, all_sampled, strict=True):
+        updates, state = step(grads, state, ours, sampled)
+        ours = optax.apply_updates(ours, updates)
+    expected, plain_state = params, plain.init(params)
+    for i in range(0, 9, 3):
+        mean = jax.tree.map(lambda *g: sum(g) / 3, *all_grads[i : i + 3])
+        updates, plain_state = plain.update(mean, plain_state, expected, **variant.extra(all_sampled[i + 2]))
+        expected = optax.apply_updates(expected, updates)
+    chex.assert_trees_all_close(ours, expected, **CLOSE)
+    assert int(tnt_state(state).count) == 3
+    assert int(tnt_state(state).statistics_count) == 2
+
+
+@jax.numpy_dtype_promotion("standard")  # It itself promotes.
+@pytest.mark.parametrize("factory", [tnt, chained])
+def test_split_real_and_imaginary(factory):
+    """It forwards no extra arguments: with the empirical Fisher matrix it works as it is."""
+    params = {"w": jnp.array([[1 + 2j, 3 - 1j], [0.5j, -2 + 0j]], jnp.complex64), "b": jnp.ones(2)}
+    split = optax.contrib.split_real_and_imaginary(factory(0.1, damping=0.2, fisher="empirical"))
+    updates, _ = jax.jit(lambda g: split.update(g, split.init(g), g))(params)
+    pairs = {"real": params["w"].real, "imaginary": params["w"].imag, "b": params["b"]}
+    plain = factory(0.1, damping=0.2, fisher="empirical")
+    expected, _ = plain.update(pairs, plain.init(pairs), pairs)
+    np.testing.assert_allclose(updates["w"], expected["real"] + 1j * expected["imaginary"], **CLOSE)
+    np.testing.assert_allclose(updates["b"], expected["b"], **CLOSE)
+    split = optax.contrib.split_real_and_imaginary(factory(0.1))
+    with pytest.raises(ValueError, match="sampled_grads"):
+        split.update(params, split.init(params), params)
+
+
+def test_vmapped_optimizers_equal_separate_ones(variant):
+    """Three trainings at once, each with its own learning rate and damping."""
+    grads, sampled = random_trees(0, 6), random_trees(1, 6)
+    rates, dampings = jnp.array([0.1, 0.2, 0.3]), jnp.array([0.3, 0.2, 0.5])
+
+    def train(rate, damping, grads, sampled):
+        tx = variant(rate, damping=damping, statistics_period=1, inverse_period=1)
+        params = jax.tree.map(jnp.zeros_like, grads[0])
+        state = tx.init(params)
+        for g, s in zip(grads, sampled, strict=True):
+            updates, state = tx.update(g, state, params, **variant.extra(s))
+            params = optax.apply_updates(params, updates)
+        return params
+
+    def stack(trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    twice = [stack(trees[i : i + 3]) for trees in (grads, sampled) for i in (0, 3)]
+    together = jax.jit(jax.vmap(train))(rates, dampings, twice[:2], twice[2:])
+    alone = jax.jit(train)
+    for i in range(3):
+        expected = alone(rates[i], dampings[i], [grads[i], grads[i + 3]], [sampled[i], sampled[i + 3]])
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), expected, **CLOSE)
+
+
+def test_optax_tree_get_and_set(variant):
+    _, state = run(variant, variant(0.1, **SHORT))
+    assert int(optax.tree.get(state, "statistics_count")) == 2
+    chex.assert_trees_all_equal(optax.tree.get(state, "momentum"), tnt_state(state).momentum)
+    # The states of wrappers and of schedules have a `count` too.
+    assert int(optax.tree.get(state, "count", filtering=lambda path, _: "TNTState" in str(path))) == 4
+    changed = optax.tree.set(state, statistics_count=jnp.int32(9))
+    assert int(tnt_state(changed).statistics_count) == 9
+    chex.assert_trees_all_equal_structs(changed, state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class CallableTree:
+    """Parameters that can be called, as a module of Equinox can."""
+
+    w: jax.Array
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def test_parameters_that_can_be_called_are_a_tree(variant):
+    params = CallableTree(jnp.ones((3, 4)))
+    tx = variant(0.1)
+    plain, _ = tx.update(params.w, tx.init(params.w), params.w, **variant.extra(params.w))
+    updates, _ = tx.update(params, tx.init(params), params, **variant.extra(params))
+    chex.assert_trees_all_equal(updates.w, plain)
+    warm = tnt_optax.warm_start(tx, tx.init(params), params, [params])
+    assert int(tnt_state(warm).statistics_count) == 1
