@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from tnt_optax.dtypes import float32_or_better
 from tnt_optax.predictive import PredictiveDistribution
 
 
@@ -71,11 +72,13 @@ def value_and_sampled_grad(
     def sampled_gradient(pullback: Callable, leaves: list, outputs: Any, key: jax.Array) -> Any:
         distribution = predictive if opaque else jax.tree.unflatten(structure, leaves)
         targets = distribution.sample(key, outputs)
-        multiplier = jnp.sqrt(_batch_size(distribution, outputs)) if scale == "fisher" else jnp.float32(1)
 
         def loss(outputs: Any) -> jax.Array:
-            value = jnp.asarray(distribution.loss(outputs, targets))
-            return multiplier.astype(value.dtype) * value
+            value = distribution.loss(outputs, targets)
+            if scale == "mean":
+                return value
+            size = _batch_size(distribution, outputs).astype(float32_or_better(value))
+            return jnp.sqrt(size).astype(value.dtype) * value
 
         return pullback(jax.grad(loss)(outputs))[0]
 
