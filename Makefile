@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean help
+.PHONY: demo test test-all lint clean help
 
 help:
 	@echo "make demo   train an autoencoder with TNT, Adam and SGD, and compare them (ARGS=--help for its options)"
-	@echo "make test   run all tests"
+	@echo "make test   run the tests (make test-all: the long ones too)"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove the environment and what the programs wrote"
 
@@ -16,6 +16,9 @@ demo: $(VENV)/examples
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-all: $(VENV)/test
+	$(BIN)/python -m pytest -n auto -m '' $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .

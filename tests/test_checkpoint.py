@@ -76,10 +76,10 @@ def kill(directory, rng):
     return process.returncode
 
 
-def killed(directory):
-    """The newest complete checkpoint after each of two kills, and what the last run said."""
-    rng, newest = random.Random(0), []
-    for _ in range(2):
+def killed(directory, kills=2, seed=0):
+    """The newest complete checkpoint after each of some kills, and what the last run said."""
+    rng, newest = random.Random(seed), []
+    for _ in range(kills):
         assert kill(directory, rng) == -signal.SIGKILL
         newest.append(max(complete(directory), default=0))
     return newest, last_line(directory, 40, "--every", 3)
@@ -116,6 +116,15 @@ def test_run_that_goes_on_ends_with_the_same_bytes(tmp_path):
     assert str(tmp_path / "through") in error
     assert "['layers'][0]['bias'] is (8,) there, and (9,) here" in error
     assert max(complete(tmp_path / "through")) == 40
+
+
+@pytest.mark.slow
+def test_many_kills(tmp_path):
+    through = last_line(tmp_path / "through", 40)
+    for seed in range(1, 7):
+        newest, line = killed(tmp_path / str(seed), kills=3, seed=seed)
+        assert newest == sorted(newest)
+        assert line == through
 
 
 def test_state_returns_as_it_was(tmp_path):
