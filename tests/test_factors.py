@@ -26,6 +26,11 @@ def kronecker(matrices):
     return functools.reduce(np.kron, matrices)
 
 
+def identify(contractions):
+    size = math.prod(len(c) for c in contractions)
+    return [factors.identify(c, len(contractions), size) for c in contractions]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mode_products_equal_the_dense_kronecker_solve(shape):
     """Proposition 1: vec(G x_1 U_1^-1 ... x_k U_k^-1) = (U_1 x ... x U_k)^-1 vec(G)."""
@@ -60,7 +65,7 @@ def test_identified_factors(shape, scale):
     size = math.prod(shape)
     contractions += [np.trace(contractions[0]) / d * covariance(rng, d) for d in shape[1:]]
     contractions = [c * np.trace(contractions[0]) / np.trace(c) for c in contractions]
-    identified = factors.identify([jnp.asarray(c, jnp.float32) for c in contractions])
+    identified = identify([jnp.asarray(c, jnp.float32) for c in contractions])
     # Relative: a handful of roundings of 6e-8, and of k-th roots.
     chex.assert_trees_all_close(list(identified), reference.identify(contractions), rtol=2e-6)
     c0 = (np.trace(contractions[0]) / size) ** (1 / len(shape))
@@ -71,7 +76,7 @@ def test_identified_factors(shape, scale):
 def test_identified_factors_of_diagonal_modes():
     contractions = [np.diag([1.0, 2.0, 3.0]), np.array([[4.0, 1.0], [1.0, 2.0]])]
     dense = reference.identify(contractions)
-    diagonal = factors.identify([jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray(contractions[1], jnp.float32)])
+    diagonal = identify([jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray(contractions[1], jnp.float32)])
     np.testing.assert_allclose(diagonal[0], np.diag(dense[0]), rtol=1e-6)
     np.testing.assert_allclose(diagonal[1], dense[1], rtol=1e-6)
 
@@ -97,7 +102,7 @@ def test_factors_of_tensor_normal_draws_converge_to_the_true_covariance():
     for draws in (1, 16):
         parts = [mean_contractions(key) for key in jax.random.split(jax.random.key(0), draws)]
         means = [np.mean(c, axis=0) for c in zip(*parts, strict=True)]
-        estimate = kronecker([np.asarray(u) for u in factors.identify([jnp.asarray(c) for c in means])])
+        estimate = kronecker([np.asarray(u) for u in identify([jnp.asarray(c) for c in means])])
         errors.append(np.linalg.norm(estimate - kronecker(true)) / np.linalg.norm(kronecker(true)))
     # The standard error of a mean of n heavy-tailed squares is some units over sqrt(n), for n = 800,000: 0.003.
     assert errors[1] < 0.01
@@ -106,7 +111,7 @@ def test_factors_of_tensor_normal_draws_converge_to_the_true_covariance():
 
 def test_zero_statistics_give_the_identity_over_damping():
     for zeros in (jnp.zeros((3, 3)), jnp.zeros(3)):
-        (u,) = factors.identify([zeros])
+        (u,) = identify([zeros])
         inverse = factors.damped_inverse(u, jnp.float32(0.1))
         expected = np.full(3, 10.0) if zeros.ndim == 1 else 10 * np.eye(3)
         np.testing.assert_allclose(inverse, expected, rtol=1e-6)
@@ -114,7 +119,7 @@ def test_zero_statistics_give_the_identity_over_damping():
 
 def test_empty_modes():
     contractions = [factors.contraction(jnp.zeros((0, 3)), mode, diagonal=False) for mode in range(2)]
-    inverses = [factors.damped_inverse(u, jnp.float32(0.5)) for u in factors.identify(contractions)]
+    inverses = [factors.damped_inverse(u, jnp.float32(0.5)) for u in identify(contractions)]
     chex.assert_shape(inverses, [(0, 0), (3, 3)])
     np.testing.assert_allclose(inverses[1], 2 * np.eye(3), rtol=1e-6)
     chex.assert_shape(factors.mode_products(jnp.zeros((0, 3)), inverses), (0, 3))
@@ -127,13 +132,14 @@ def test_stacked_tensors_equal_separate_ones():
     zeros = tuple(jnp.zeros((5, 3, d, d)) for d in (2, 4))
     weight, eps = jnp.float32(0.3), jnp.float32(0.1)
     contractions = factors.average_contractions(stack, modes, zeros, weight)
-    inverses = factors.damped_inverses(modes, contractions, eps)
+    ((inverses,), finite) = factors.damped_inverses([modes], [contractions], eps)
+    assert finite
     direction = factors.precondition(modes, stack, inverses)
     for i in range(5):
         for j in range(3):
             one = stack[:, j, :, i].T
             c = factors.average_contractions(one, single, tuple(z[0, 0] for z in zeros), weight)
-            p = factors.damped_inverses(single, c, eps)
+            ((p,), _) = factors.damped_inverses([single], [c], eps)
             expected = factors.precondition(single, one, p)
             slices = jax.tree.map(lambda x, at=(i, j): x[at], (contractions, inverses))
             # The same float32 operations in another order.

@@ -1,5 +1,7 @@
 """Numbers that cannot be trusted never enter the state; hard statistics give a finite direction."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -134,6 +136,11 @@ def hard_statistics(kind, d, rng):
     return (basis * np.logspace(0, -12, d)) @ basis.T  # condition number 1e12
 
 
+def identify(contractions):
+    size = math.prod(len(c) for c in contractions)
+    return [factors.identify(c, len(contractions), size) for c in contractions]
+
+
 @pytest.mark.parametrize("kind", ["rank one", "rank-deficient", "condition 1e12"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
 @pytest.mark.parametrize("relative_damping", [1e-1, 1e-4, 1e-12, 0.0])
@@ -145,7 +152,7 @@ def test_hard_statistics_give_a_finite_and_accurate_direction(kind, scale, relat
     statistics = [np.float32(scale / np.trace(c)) * c.astype(np.float32) for c in statistics]
     # A gradient of the size that has such statistics: else the exact direction itself is no float32.
     gradient = (np.sqrt(scale) * rng.normal(size=dims)).astype(np.float32)
-    factors_ = factors.identify([jnp.asarray(c) for c in statistics])
+    factors_ = identify([jnp.asarray(c) for c in statistics])
     mean_eigenvalue = np.sqrt(scale / 5400)  # c0: the trace of each statistic is `scale`.
     damping = max(relative_damping * mean_eigenvalue, 1e-37)
     inverses = [factors.damped_inverse(u, jnp.float32(damping)) for u in factors_]

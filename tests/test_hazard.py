@@ -1,8 +1,8 @@
 """Fresh processes that refresh stacked inverses of several sizes in one program, which must never hang.
 
 Batched LAPACK calls of several sizes in one jitted function deadlock XLA's CPU backend in about half of all runs
-(docs/design.md says how the library avoids them). If it were so here, six runs would all pass once in 64 times, and the 24 of
-`make test-all` once in 17 million.
+(docs/design.md says how the library avoids them). If they did here, the six runs of `make test` would all pass once in
+64 times, and the 24 of `make test-all` once in 17 million.
 """
 
 import subprocess

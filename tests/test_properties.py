@@ -307,7 +307,10 @@ def test_scaled_sampled_gradients_scale_the_contractions_and_leave_mean_eigenval
         tolerance = 40 * epsilon(case) * scale**2 * np.max(expected)
         np.testing.assert_allclose(as_matrix(c), scale**2 * expected, rtol=0, atol=tolerance)
     with jax.enable_x64(case.dtype == jnp.float64):
-        identified = [as_matrix(np.asarray(u)) for u in factors.identify([jnp.asarray(c) for c in ours])]
+        identified = [
+            as_matrix(np.asarray(u))
+            for u in (factors.identify(jnp.asarray(c), len(ours), math.prod(len(c) for c in ours)) for c in ours)
+        ]
     c0 = (scale**2 * np.trace(algorithm.contractions[0][0]) / math.prod(view)) ** (1 / len(view))
     # The same roundings, now of sums of numbers that are not negative, and those of k-th roots.
     np.testing.assert_allclose([np.trace(u) / len(u) for u in identified], c0, rtol=40 * epsilon(case))

@@ -1,6 +1,6 @@
-"""The Kronecker factors of one parameter: contractions, Eq. (5), damped inverses, mode products.
+"""The Kronecker factors of a parameter: contractions, Eq. (5), damped inverses, mode products.
 
-The first three functions are what the transformation does with a parameter of any view. Below them is the mathematics
+The first three functions are what the transformation does with parameters of any view. Below them is the mathematics
 of a single tensor of shape (d_1, ..., d_k), to which the stacking axes of a view come by `jax.vmap`. A matrix of mode i
 has the shape (d_i, d_i), or (d_i,) where only its diagonal is kept.
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
 
+from tnt_optax.inversion import inverse
 from tnt_optax.modes import Modes, from_tensor, to_tensor
 
 _HIGHEST = lax.Precision.HIGHEST  # These products feed an inverse, or are scaled by 1/damping.
@@ -35,13 +36,40 @@ def average_contractions(
     return _over_stack(of_one_tensor, view)(tensor, *contractions)
 
 
-def damped_inverses(view: Modes, contractions: tuple[jax.Array, ...], damping: jax.Array) -> tuple[jax.Array, ...]:
-    """P_i = (U_i + eps I)^-1, for every mode i."""
+def damped_inverses(
+    views: Sequence[Modes], contractions: Sequence[tuple[jax.Array, ...]], damping: jax.Array
+) -> tuple[list[tuple[jax.Array, ...]], jax.Array]:
+    """P_i = (U_i + eps I)^-1, for every mode i of all parameters; and whether all of them are finite.
 
-    def of_one_tensor(*averages: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(damped_inverse(u, damping.astype(u.dtype)) for u in identify(averages))
+    Modes of one length go through one program together, so that a model of many equal layers compiles as fast as one
+    of few, and an accelerator inverts them side by side.
+    """
+    groups: dict[tuple[tuple[int, ...], Any], list[tuple[int, int]]] = {}
+    for index, (view, matrices) in enumerate(zip(views, contractions, strict=True)):
+        for mode, matrix in enumerate(matrices):
+            groups.setdefault((matrix.shape[len(view.batch) :], matrix.dtype), []).append((index, mode))
+    inverses, finite = [list(matrices) for matrices in contractions], jnp.bool_(True)
+    for (shape, dtype), members in groups.items():
+        stacks, orders, sizes = [], [], []
+        for index, mode in members:
+            matrix, dims = contractions[index][mode], [matrix.shape[-1] for matrix in contractions[index]]
+            count = math.prod(matrix.shape[: len(views[index].batch)])
+            stacks.append(matrix.reshape(count, *shape))
+            orders.append(np.full(count, len(dims)))
+            sizes.append(np.full(count, max(math.prod(dims), 1), float))
 
-    return _over_stack(of_one_tensor, view)(*contractions)
+        def of_one_mode(average: jax.Array, order: jax.Array, size: jax.Array) -> jax.Array:
+            return damped_inverse(identify(average, order, size), damping.astype(average.dtype))
+
+        of_group = jax.vmap(of_one_mode)(
+            jnp.concatenate(stacks), *(jnp.asarray(np.concatenate(x), dtype) for x in (orders, sizes))
+        )
+        diagonals = of_group if len(shape) == 1 else jnp.diagonal(of_group, axis1=1, axis2=2)
+        finite &= jnp.all(jnp.isfinite(diagonals))  # No element of a positive matrix exceeds those on its diagonal.
+        ends = np.cumsum([len(stack) for stack in stacks])
+        for (index, mode), part in zip(members, jnp.split(of_group, ends[:-1]), strict=True):
+            inverses[index][mode] = part.reshape(contractions[index][mode].shape)
+    return [tuple(matrices) for matrices in inverses], finite
 
 
 def precondition(view: Modes, momentum: jax.Array, inverses: tuple[jax.Array, ...]) -> jax.Array:
@@ -68,23 +96,23 @@ def contraction(tensor: jax.Array, mode: int, *, diagonal: bool) -> jax.Array:
     return jnp.tensordot(tensor, tensor, axes=(others, others), precision=_HIGHEST)
 
 
-def identify(contractions: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Eq. (5): the U_i, all of mean eigenvalue c0, with U_1 x ... x U_k the covariance of the tensor.
+def identify(contraction: jax.Array, order: jax.typing.ArrayLike, size: jax.typing.ArrayLike) -> jax.Array:
+    """Eq. (5): U_i from C_i, of a tensor with k = `order` modes and prod_j d_j = `size` elements.
 
-    Written as U_i = C_i * c0 * d_i / tr(C_1), which is the same as C_i / (c0^(k-1) prod_{j!=i} d_j) but has no
-    intermediate that over- or underflows when C_i and U_i do not. Statistics that are all zero give U_i = 0.
+    All U_i have the mean eigenvalue c0, and U_1 x ... x U_k is the covariance of the tensor. Written as
+    U_i = C_i * c0 * d_i / tr(C_i), which is the same as C_i / (c0^(k-1) prod_{j!=i} d_j), because all C_i have the same
+    trace, but needs no other C_j, and has no intermediate that over- or underflows when C_i and U_i do not.
+    Statistics that are all zero give U_i = 0.
     """
-    first = contractions[0]
-    trace = jnp.sum(first) if first.ndim == 1 else jnp.trace(first)  # All contractions have the same.
-    order, size = len(contractions), max(math.prod(len(c) for c in contractions), 1)
+    trace = jnp.sum(contraction if contraction.ndim == 1 else jnp.diagonal(contraction))
     divisor = jnp.where(trace > 0, trace, 1)
     mean_eigenvalue = divisor ** (1 / order) / size ** (1 / order)  # c0
     scale = jnp.where(trace > 0, mean_eigenvalue / divisor, 0)
-    return tuple(c * (scale * len(c)) for c in contractions)
+    return contraction * (scale * len(contraction))
 
 
 def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
-    """(U + eps I)^-1, by Cholesky factorization.
+    """(U + eps I)^-1.
 
     An eps below the rounding errors of a dense U is raised to their size, so that the inverse is finite: to the dtype's
     epsilon times the largest absolute row sum, which bounds U's largest eigenvalue.
@@ -93,7 +121,7 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
         return 1 / (factor + damping)
     row_sums = jnp.sum(jnp.abs(factor), axis=1)
     damping = jnp.maximum(damping, jnp.finfo(factor.dtype).eps * jnp.max(row_sums, initial=0))
-    return _positive_definite_inverse(factor + damping * jnp.eye(len(factor), dtype=factor.dtype))
+    return inverse(factor + damping * jnp.eye(len(factor), dtype=factor.dtype))
 
 
 def mode_products(tensor: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
@@ -105,36 +133,3 @@ def mode_products(tensor: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array
         else:
             tensor = jnp.tensordot(tensor, matrix, axes=(0, 0), precision=_HIGHEST)
     return tensor
-
-
-def _cholesky_inverse(matrix: jax.Array) -> jax.Array:
-    lower = lax.linalg.cholesky(matrix, symmetrize_input=False)
-    return jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(matrix), dtype=matrix.dtype))
-
-
-_inverse_one_by_one = custom_vmap(_cholesky_inverse)
-
-
-@_inverse_one_by_one.def_vmap
-def _(axis_size: int, in_batched: list[bool], matrices: jax.Array) -> tuple[jax.Array, bool]:
-    # Batched LAPACK calls of several sizes in one program can deadlock XLA's CPU backend, so there one matrix
-    # follows the other, also under a `vmap` of the user's; accelerators take them all at once.
-    del axis_size, in_batched
-    inverses = lax.platform_dependent(
-        matrices,
-        cpu=lambda m: lax.map(_inverse_one_by_one, m),
-        default=jax.vmap(_cholesky_inverse),
-    )
-    return inverses, True
-
-
-@jax.custom_jvp
-def _positive_definite_inverse(matrix: jax.Array) -> jax.Array:
-    return _inverse_one_by_one(matrix)
-
-
-@_positive_definite_inverse.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # `custom_vmap` has no reverse mode of its own.
-    inverse = _positive_definite_inverse(*primals)
-    return inverse, -mode_products(*tangents, (inverse, inverse))

@@ -1,6 +1,5 @@
 """Tensor Normal Training as an Optax gradient transformation: Algorithm 3 of the paper."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -57,6 +56,9 @@ class RejectedState(NamedTuple):
     inverses: jax.Array
 
 
+Settle = Callable[[optax.Updates], tuple[optax.Updates, TNTState, RejectedState]]
+
+
 def scale_by_tnt(
     *,
     damping: NumberOrSchedule = 0.01,
@@ -96,8 +98,9 @@ def scale_by_tnt(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TNTState]:
         del params, extra_args
-        direction, state, rejected = step(updates, state, sampled_grads, warm_start)
-        return _cast_like(direction, updates, taken=~rejected.gradients)[0], state
+        direction, settle = step(updates, state, sampled_grads, warm_start)
+        updates, state, _ = settle(direction)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -206,15 +209,13 @@ def tnt(
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         tnt_state, counts, rest_state = state
-        direction, tnt_state, rejected = step(updates, tnt_state, sampled_grads, warm_start)
+        direction, settle = step(updates, tnt_state, sampled_grads, warm_start)
         if params is not None:
             params = jax.tree.map(lambda p, w: w.astype(p.dtype), direction, params)
         scaled, rest_state = rest.update(direction, rest_state, params)
-        # On a step that is not taken parameters don't decay either.
-        scaled, taken = _cast_like(scaled, updates, taken=~rejected.gradients)
-        rejected = rejected._replace(gradients=~taken)
+        updates, tnt_state, rejected = settle(scaled)
         counts = jax.tree.map(lambda count, now: count + now.astype(jnp.int32), counts, rejected)
-        return scaled, (tnt_state, counts, rest_state)
+        return updates, (tnt_state, counts, rest_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -230,8 +231,12 @@ def _algorithm(
     trust_radius: NumberOrSchedule | None,
     modes: ModesFn | None,
     max_dim: int,
-) -> tuple[Callable[..., TNTState], Callable[..., tuple[optax.Updates, TNTState, RejectedState]]]:
-    """Algorithm 3, as the functions `init` and `step`; a step also tells what it rejected."""
+) -> tuple[Callable[..., TNTState], Callable[..., tuple[optax.Updates, Settle]]]:
+    """Algorithm 3, as the functions `init` and `step`.
+
+    A step gives the direction, and a function that takes the updates which are made of it, says whether they can be
+    trusted, and returns the updates, the new state and what was rejected.
+    """
     if not callable(damping):
         checks.check_positive("damping", damping)
     checks.check_unit_interval("decay", decay)
@@ -273,7 +278,7 @@ def _algorithm(
 
     def step(
         gradients: optax.Updates, state: Any, sampled_grads: Any, warm_start: WarmStart | None
-    ) -> tuple[optax.Updates, TNTState, RejectedState]:
+    ) -> tuple[optax.Updates, Settle]:
         if not isinstance(state, TNTState):
             raise TypeError(f"state: expected a TNTState, got {type(state).__name__}: is it another optimizer's state?")
         gradients = checks.match("updates", gradients, state.momentum, "the optimizer's state")
@@ -302,17 +307,18 @@ def _algorithm(
             if not use_gradients:
                 tree = sampled_grads() if checks.is_function(sampled_grads) else sampled_grads
                 tree = checks.match("sampled_grads", tree, gradients, "the gradients")
+            # The trace of a parameter's contractions, which bounds all of their elements.
+            finite = _all_finite(jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(float32_or_better(g)))), tree))
             new = jax.tree.map(
                 lambda g, v, c: factors.average_contractions(g, v, c, weight), tree, view, old_contractions
             )
-            finite = _all_finite(new)
             return _where(finite, new, old_contractions), finite
 
         def refresh() -> Any:
-            eps = as_float(_at(damping, t))
-            new = jax.tree.map(lambda _, v, c: factors.damped_inverses(v, c, eps), gradients, view, contractions)
-            finite = _all_finite(new)
-            return _where(finite, new, old_inverses), finite
+            structure = jax.tree.structure(gradients)
+            views_and_contractions = structure.flatten_up_to(view), structure.flatten_up_to(contractions)
+            new, finite = factors.damped_inverses(*views_and_contractions, as_float(_at(damping, t)))
+            return _where(finite, structure.unflatten(new), old_inverses), finite
 
         contractions, absorbed = _cond(absorb_now, absorb, lambda: (old_contractions, jnp.bool_(True)))
         inverses, refreshed = _cond(refresh_now, refresh, lambda: (old_inverses, jnp.bool_(True)))
@@ -322,19 +328,27 @@ def _algorithm(
             inverses=inverses,
         )
         if warm_start is not None:
-            return gradients, state, RejectedState(jnp.bool_(False), ~absorbed, ~refreshed)
+            rejected = RejectedState(jnp.bool_(False), ~absorbed, ~refreshed)
+            return gradients, lambda updates: (updates, state, rejected)
 
         momentum = jax.tree.map(
             lambda m, g: as_float(mu).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, gradients
         )
-        finite = _all_finite(momentum)
-        momentum = _where(finite, momentum, state.momentum)
         direction = jax.tree.map(factors.precondition, view, momentum, inverses)
         if trust_radius is not None:
             direction = _bound(direction, momentum, as_float(_at(trust_radius, t)))
-        finite &= _all_finite(direction)
-        state = state._replace(count=optax.safe_increment(t), momentum=momentum)
-        return direction, state, RejectedState(~finite, ~absorbed, ~refreshed)
+
+        def settle(updates: optax.Updates) -> tuple[optax.Updates, TNTState, RejectedState]:
+            updates = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradients)
+            # What is not finite in the gradient or the momentum is not finite in the updates either.
+            finite = _all_finite(updates)
+            return (
+                _where(finite, updates, jax.tree.map(jnp.zeros_like, updates)),
+                state._replace(count=optax.safe_increment(t), momentum=_where(finite, momentum, state.momentum)),
+                RejectedState(~finite, ~absorbed, ~refreshed),
+            )
+
+        return direction, settle
 
     return init, step
 
@@ -342,25 +356,17 @@ def _algorithm(
 def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
     """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2."""
     products = jax.tree.map(lambda p, m: as_float(jnp.vdot(p, m, precision=lax.Precision.HIGHEST)), direction, momentum)
-    squared_norm = sum(jax.tree.leaves(products), start=as_float(0.0))
+    squared_norm = jnp.sum(jnp.stack([as_float(0.0), *jax.tree.leaves(products)]))
     scale = jnp.where(squared_norm > jnp.square(radius), radius * lax.rsqrt(squared_norm), 1)
     # An infinite norm does not tell how much to shorten: the step is then rejected, like all that is not finite.
     scale = jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
     return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction)
 
 
-def _cast_like(
-    updates: optax.Updates, gradients: optax.Updates, *, taken: jax.Array
-) -> tuple[optax.Updates, jax.Array]:
-    """The updates in the gradients' dtypes, all zero on a step that is not taken; and whether it is."""
-    cast = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradients)
-    taken &= _all_finite(cast)  # A narrow dtype may overflow.
-    return jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), cast), taken
-
-
 def _all_finite(tree: Any) -> jax.Array:
-    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, leaves, jnp.bool_(True))
+    # One pass without an array in between; the largest of NaN and anything is NaN.
+    leaves = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack([jnp.bool_(True), *leaves]))
 
 
 def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

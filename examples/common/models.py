@@ -2,9 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -19,10 +20,19 @@ class Autoencoder(nnx.Module):
     Args:
       pixels: the length of an input and of the output, logits of its pixels.
       widths: of the encoder's layers, the last of which is the code; the decoder mirrors them.
+      activation: another one than ReLU.
       rngs: weights and biases are uniform in +-1/sqrt(fan_in).
     """
 
-    def __init__(self, pixels: int, widths: Sequence[int], *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        pixels: int,
+        widths: Sequence[int],
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
         sizes = [pixels, *widths, *reversed(widths[:-1]), pixels]
         self.code = len(widths) - 1
         self.layers = nnx.List(
@@ -35,5 +45,92 @@ class Autoencoder(nnx.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if index not in (self.code, len(self.layers) - 1):
-                x = jax.nn.relu(x)
+                x = self.activation(x)
         return x
+
+
+class _Block(nnx.Module):
+    """Two 3x3 convolutions; where the shape changes, the shortcut drops pixels and pads channels with zeros."""
+
+    def __init__(self, channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        self.stride = 1 if channels == out_channels else 2
+        self.padding = out_channels - channels
+        self.conv1 = _convolution(channels, out_channels, self.stride, rngs)
+        self.norm1 = nnx.BatchNorm(out_channels, rngs=rngs)
+        self.conv2 = _convolution(out_channels, out_channels, 1, rngs)
+        self.norm2 = nnx.BatchNorm(out_channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        shortcut = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (0, self.padding)))
+        return jax.nn.relu(y + shortcut)
+
+
+class ResNet32(nnx.Module):
+    """The residual network of the paper's Section 6, for images of 32x32: three stages of five blocks."""
+
+    def __init__(self, classes: int = 10, *, rngs: nnx.Rngs):
+        self.conv = _convolution(3, 16, 1, rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        channels = [16, *(width for width in (16, 32, 64) for _ in range(5))]
+        self.blocks = nnx.List(_Block(n, m, rngs=rngs) for n, m in itertools.pairwise(channels))
+        self.out = nnx.Linear(64, classes, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = jax.nn.relu(self.norm(self.conv(images)))
+        for block in self.blocks:
+            x = block(x)
+        return self.out(jnp.mean(x, axis=(1, 2)))
+
+
+def _convolution(channels: int, out_channels: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(
+        channels,
+        out_channels,
+        (3, 3),
+        stride,
+        padding=1,
+        use_bias=False,
+        kernel_init=nnx.initializers.he_normal(),
+        rngs=rngs,
+    )
+
+
+class Transformer(nnx.Module):
+    """A small decoder-only transformer with a tied embedding: tokens (batch, length) -> logits.
+
+    Args:
+      vocabulary: how many tokens there are.
+      width: of the residual stream; attention heads have 64 elements, the hidden layer has four times the width.
+      layers: how many.
+      length: the longest sequence.
+      rngs: of the initial parameters.
+    """
+
+    def __init__(self, vocabulary: int, width: int, layers: int, length: int, *, rngs: nnx.Rngs):
+        small = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Embed(vocabulary, width, embedding_init=small, rngs=rngs)
+        self.positions = nnx.Embed(length, width, embedding_init=small, rngs=rngs)
+        self.layers = nnx.List(_Layer(width, rngs=rngs) for _ in range(layers))
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        for layer in self.layers:
+            x = layer(x)
+        return self.embedding.attend(self.norm(x))
+
+
+class _Layer(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(width // 64, width, decode=False, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
+        self.hidden = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.out = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.norm1(x)
+        x = x + self.attention(y, mask=nnx.make_causal_mask(y[..., 0]))
+        return x + self.out(jax.nn.gelu(self.hidden(self.norm2(x))))
