@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint clean help
+.PHONY: demo bench test test-all lint clean help
 
 help:
 	@echo "make demo   train an autoencoder with TNT, Adam and SGD, and compare them (ARGS=--help for its options)"
+	@echo "make bench  what a step costs, beside other optimizers (ARGS=--help for its options)"
 	@echo "make test   run the tests (make test-all: the long ones too)"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove the environment and what the programs wrote"
 
 demo: $(VENV)/examples
 	$(BIN)/python examples/demo.py $(ARGS)
+
+bench: $(VENV)/bench
+	$(BIN)/python examples/bench.py $(ARGS)
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -31,6 +35,10 @@ $(VENV)/examples: pyproject.toml
 		{ echo "tnt_optax needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/examples
+	$(BIN)/python -m pip install --quiet --editable '.[examples,bench]'
 	touch $@
 
 $(VENV)/test: $(VENV)/examples

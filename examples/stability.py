@@ -66,6 +66,7 @@ def main() -> None:
                     },
                 )
 
+    report.plot_runs(args.out / "stability.png", runs)
     columns = ["seed", "bound", "diverged", "largest loss", "after 1 epoch", f"after {args.epochs}"]
     rows = [
         [
@@ -110,7 +111,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of both")
     parser.add_argument("--damping", type=float, default=0.1, help="of both")
     parser.add_argument("--trust-radius", type=float, default=0.0316, help="the bound")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON file and the picture")
     return parser.parse_args()
 
 

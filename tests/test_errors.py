@@ -40,6 +40,8 @@ PARAMS = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
         ("inverse_period", 2.0, ValueError),
         ("inverse_period", jnp.float32(2), TypeError),
         ("max_dim", 0, ValueError),
+        ("refresh_parts", 0, ValueError),
+        ("refresh_parts", 1.5, ValueError),
         ("damping", jnp.ones(3), TypeError),
         ("statistics_period", np.array([1, 2]), TypeError),
         ("trust_radius", 0.0, ValueError),
@@ -164,6 +166,13 @@ def test_modes_that_do_not_fit_name_the_parameter():
     tx = tnt(0.1, modes=lambda path, shape: Modes(((0,),)))
     with pytest.raises(ValueError, match=r"modes=.*\['layer'\]\['kernel'\] of shape \(3, 4\)"):
         tx.init(PARAMS)
+
+
+def test_traced_refresh_parts():
+    injected = optax.inject_hyperparams(tnt)
+    with pytest.raises(TypeError, match=r"refresh_parts.*static_args"):
+        injected(0.1, refresh_parts=2).init(PARAMS)
+    optax.inject_hyperparams(tnt, static_args="refresh_parts")(0.1, refresh_parts=2).init(PARAMS)
 
 
 def test_traced_max_dim():

@@ -1,5 +1,6 @@
 """The programs under examples/ run, and write what they say."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -65,3 +66,35 @@ def test_stability(tmp_path):
     runs = json.loads((tmp_path / "stability.json").read_text())["runs"]
     assert [run["trust_radius"] for run in runs] == [None, 0.0316]
     assert all(len(run["losses"]) == 3 for run in runs)
+
+
+def test_fraction(tmp_path):
+    result = program("fraction", "--epochs", 1, "--seeds", 1, "--shares", 1, 4, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    curves = json.loads((tmp_path / "fraction_digits.json").read_text())["curves"]
+    assert set(curves) == {"1/1", "1/4"}
+    for (curve,) in curves.values():
+        assert curve["train_loss"][-1] < curve["train_loss"][0]
+
+
+def test_bench(tmp_path):
+    peers = ["Adam", "Muon", "TNT (10, 100)", "TNT (1, 20), 20 parts", "TNT-EF (1, 20)", "Shampoo (1, 20)"]
+    options = ("--models", "autoencoder", "--steps", 2, "--rounds", 1, "--widths", 16, "--depths", 2, "--skip", *peers)
+    result = program("bench", *options, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["optimizer"]: row for row in written["models"]["autoencoder"]["race"]}
+    assert rows["SGD-m"]["ratio"] == 1
+    for name, row in rows.items():  # A peer that is not installed is there, with its error.
+        assert name in peers or name.split()[0] in result.stdout
+        assert "error" in row or row["ratio"] > 0
+    assert "ratio" in rows["TNT (1, 20)"]
+    assert rows["Adam"]["error"] == "skipped"
+    # Momentum, two factors and their inverses: 4 bytes each; counters.
+    sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    elements = sum(n * m + m for n, m in itertools.pairwise(sizes))
+    factors = sum(n * n + m * m + m * m for n, m in itertools.pairwise(sizes))
+    assert rows["TNT (1, 20)"]["state_bytes"] == 4 * (elements + 2 * factors + 5)
+    assert {row["part"] for row in written["models"]["autoencoder"]["parts"]} >= {"contractions", "inverses"}
+    assert written["large"]["parameters"] == 124_439_808
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

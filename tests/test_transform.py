@@ -234,6 +234,51 @@ def test_a_large_trust_radius_changes_nothing():
     chex.assert_trees_all_close(u, v, rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [None, 1, 2, 3, 100])
+def test_refreshes_in_parts(parts):
+    """Each part has its own steps, of which t = 0 and all early ones are those of every part."""
+    period, steps = 6, 20
+    sampled = random_trees(1, steps)
+    tx = scale_by_tnt(damping=0.1, statistics_period=1, inverse_period=period, refresh_parts=parts)
+    state, update = tx.init(sampled[0]), jax.jit(tx.update)
+    refreshed = {name: [] for name in SHAPES}
+    for t in range(steps):
+        before = state.inverses
+        _, state = update(sampled[t], state, sampled_grads=sampled[t])
+        for name in SHAPES:
+            if np.array_equal(state.inverses[name][0], before[name][0]):
+                continue
+            refreshed[name].append(t)
+            contractions = [np.asarray(c, np.float64) for c in state.contractions[name]]
+            for p, u in zip(state.inverses[name], reference.identify(contractions), strict=True):
+                # Condition numbers up to 1e3 in float32.
+                expected = np.linalg.inv(u + 0.1 * np.eye(len(u)))
+                np.testing.assert_allclose(p, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    offsets = set()
+    for found in refreshed.values():
+        late = [t for t in found if t >= period]
+        assert found[: len(found) - len(late)] == list(range(period))  # With every absorbed gradient.
+        offset = late[0] - period
+        assert late == list(range(period + offset, steps, period))
+        offsets.add(offset)
+    # "dense" and "conv2d" and "conv3d" cost more than half of all.
+    assert len(offsets) == 1 if parts in (None, 1) else len(offsets) > 1
+    assert offsets <= {0, 3} if parts == 2 else True
+
+
+def test_parts_cost_about_the_same():
+    """Equal layers, one part each: one refresh at each step."""
+    grads = [jnp.ones((3, 3)) for _ in range(4)]
+    tx = tnt(0.1, damping=lambda t: 1.0 + t, statistics_period=1, inverse_period=4, refresh_parts=4)
+    state = tx.init(grads)
+    update = jax.jit(lambda state: tx.update(grads, state, sampled_grads=grads)[1])
+    for t in range(8):
+        before = state[0].inverses
+        state = update(state)
+        changed = [i for i in range(4) if not np.array_equal(before[i][0], state[0].inverses[i][0])]
+        assert changed == ([0, 1, 2, 3] if t < 4 else [t - 4])
+
+
 def test_zero_gradients_and_statistics_give_zero_updates_and_a_finite_state():
     """A dead layer: U = 0 and P = I/damping, and with a trust radius 0/0 is not computed."""
     zeros = jax.tree.map(jnp.zeros_like, random_trees(0, 1)[0])

@@ -1,5 +1,6 @@
 """Tensor Normal Training as an Optax gradient transformation: Algorithm 3 of the paper."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -70,6 +71,7 @@ def scale_by_tnt(
     trust_radius: NumberOrSchedule | None = None,
     modes: ModesFn | None = None,
     max_dim: int = 8192,
+    refresh_parts: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, preconditioned by the inverse of the Kronecker-factored Fisher matrix: the direction p of Algorithm 3.
 
@@ -86,6 +88,7 @@ def scale_by_tnt(
         trust_radius=trust_radius,
         modes=modes,
         max_dim=max_dim,
+        refresh_parts=refresh_parts,
     )
 
     def update(
@@ -118,6 +121,7 @@ def tnt(
     trust_radius: NumberOrSchedule | None = None,
     modes: ModesFn | None = None,
     max_dim: int = 8192,
+    refresh_parts: int | None = None,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Tensor Normal Training (Ren & Goldfarb, 2021; Algorithm 3): W <- W - learning_rate * (p + weight_decay * W).
@@ -152,6 +156,9 @@ def tnt(
         path is the one that `jax.tree_util.tree_map_with_path` gives, None means the default: one mode for each
         axis, and with four or more axes all but the last two merged into one (convolution kernels).
       max_dim: a mode longer than this (an embedding's vocabulary) keeps only the diagonal of its factor.
+      refresh_parts: None: all inverses are computed in the same step, as in the paper. Or a number of parts, of about
+        equal cost, into which the parameters are divided; their refreshes are spread evenly over the `inverse_period`
+        steps, so that no step is much slower than the others.
       weight_decay_mask: None, or a tree of booleans (or a function of the parameters that gives one) that says which
         parameters decay, as in `optax.add_decayed_weights`.
 
@@ -187,6 +194,7 @@ def tnt(
         trust_radius=radius,
         modes=modes,
         max_dim=max_dim,
+        refresh_parts=refresh_parts,
     )
     # Without decay, `update` works without `params` too.
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
@@ -231,6 +239,7 @@ def _algorithm(
     trust_radius: NumberOrSchedule | None,
     modes: ModesFn | None,
     max_dim: int,
+    refresh_parts: int | None,
 ) -> tuple[Callable[..., TNTState], Callable[..., tuple[optax.Updates, Settle]]]:
     """Algorithm 3, as the functions `init` and `step`.
 
@@ -250,6 +259,12 @@ def _algorithm(
     if modes is not None and not callable(modes):
         raise TypeError(f"modes: expected a function (path, shape) -> Modes or None, got {type(modes).__name__}.")
     checks.check_period("max_dim", max_dim)
+    if isinstance(refresh_parts, jax.Array):
+        raise TypeError(
+            "refresh_parts: expected a Python integer, got an array: name it in inject_hyperparams' static_args."
+        )
+    if refresh_parts is not None:
+        checks.check_period("refresh_parts", refresh_parts)
 
     def views(tree: optax.Params) -> Any:
         """A tree of `Modes`."""
@@ -289,10 +304,9 @@ def _algorithm(
         plain_mean = 1 / as_float(n + 1)
         if warm_start is None:
             absorb_now = _is_due(t, statistics_period)
-            refresh_now = _is_due(t, inverse_period) | (absorb_now & (t < as_int32(inverse_period)))
             weight = jnp.maximum(1 - as_float(decay), plain_mean)
         else:
-            absorb_now, refresh_now, weight = warm_start == "absorb", warm_start == "refresh", plain_mean
+            absorb_now, weight = warm_start == "absorb", plain_mean
 
         view = views(gradients)
 
@@ -314,14 +328,27 @@ def _algorithm(
             )
             return _where(finite, new, old_contractions), finite
 
-        def refresh() -> Any:
-            structure = jax.tree.structure(gradients)
-            views_and_contractions = structure.flatten_up_to(view), structure.flatten_up_to(contractions)
-            new, finite = factors.damped_inverses(*views_and_contractions, as_float(_at(damping, t)))
-            return _where(finite, structure.unflatten(new), old_inverses), finite
-
         contractions, absorbed = _cond(absorb_now, absorb, lambda: (old_contractions, jnp.bool_(True)))
-        inverses, refreshed = _cond(refresh_now, refresh, lambda: (old_inverses, jnp.bool_(True)))
+
+        structure = jax.tree.structure(gradients)
+        parameters = [structure.flatten_up_to(tree) for tree in (view, contractions, old_inverses)]
+        new_inverses, refreshed = [], jnp.bool_(True)
+        number = refresh_parts or 1
+        for index, part in _equal_parts(parameters[1], number):
+            some_views, some_contractions, some_inverses = (leaves[part] for leaves in parameters)
+
+            def refresh(vs: Any = some_views, cs: Any = some_contractions, old: Any = some_inverses) -> Any:
+                new, finite = factors.damped_inverses(vs, cs, as_float(_at(damping, t)))
+                return _where(finite, new, old), finite
+
+            now: Any = warm_start == "refresh"
+            if warm_start is None:
+                period = as_int32(inverse_period)
+                now = _is_due(t, inverse_period, offset=index * period // number) | (absorb_now & (t < period))
+            some_inverses, finite = _cond(now, refresh, lambda old=some_inverses: (old, jnp.bool_(True)))
+            new_inverses += some_inverses
+            refreshed &= finite
+        inverses = structure.unflatten(new_inverses)
         state = state._replace(
             statistics_count=jnp.where(absorb_now & absorbed, optax.safe_increment(n), n),
             contractions=contractions,
@@ -377,8 +404,18 @@ def _at(value: Any, t: jax.Array) -> Any:
     return value(t) if callable(value) else value
 
 
-def _is_due(t: jax.Array, period: int | jax.Array) -> bool | jax.Array:
-    return True if isinstance(period, int) and period == 1 else t % as_int32(period) == 0
+def _is_due(t: jax.Array, period: int | jax.Array, offset: int | jax.Array = 0) -> bool | jax.Array:
+    return True if isinstance(period, int) and period == 1 else t % as_int32(period) == offset
+
+
+def _equal_parts(contractions: list[tuple[jax.Array, ...]], number: int) -> list[tuple[int, slice]]:
+    """Runs of parameters whose inverses cost about the same, with the place 0, ..., number - 1 of each."""
+    costs = [sum(float(c.size * c.shape[-1]) for c in matrices) for matrices in contractions]
+    before, total = itertools.accumulate(costs[:-1], initial=0.0), sum(costs) or 1.0
+    places = [int(number * cost / total) for _, cost in zip(costs, before, strict=False)]
+    return [
+        (place, slice(places.index(place), places.index(place) + places.count(place))) for place in sorted(set(places))
+    ]
 
 
 def _cond(predicate: bool | jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:

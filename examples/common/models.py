@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+Activation = Callable[[jax.Array], jax.Array]
+
 
 def _uniform(fan_in: int) -> nnx.Initializer:
     bound = 1 / math.sqrt(fan_in)
@@ -29,7 +31,7 @@ class Autoencoder(nnx.Module):
         pixels: int,
         widths: Sequence[int],
         *,
-        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+        activation: Activation = jax.nn.relu,
         rngs: nnx.Rngs,
     ):
         self.activation = activation
@@ -52,7 +54,8 @@ class Autoencoder(nnx.Module):
 class _Block(nnx.Module):
     """Two 3x3 convolutions; where the shape changes, the shortcut drops pixels and pads channels with zeros."""
 
-    def __init__(self, channels: int, out_channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, out_channels: int, activation: Activation, *, rngs: nnx.Rngs):
+        self.activation = activation
         self.stride = 1 if channels == out_channels else 2
         self.padding = out_channels - channels
         self.conv1 = _convolution(channels, out_channels, self.stride, rngs)
@@ -61,24 +64,31 @@ class _Block(nnx.Module):
         self.norm2 = nnx.BatchNorm(out_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = self.activation(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
         shortcut = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (0, self.padding)))
-        return jax.nn.relu(y + shortcut)
+        return self.activation(y + shortcut)
 
 
 class ResNet32(nnx.Module):
-    """The residual network of the paper's Section 6, for images of 32x32: three stages of five blocks."""
+    """The residual network of the paper's Section 6, for images of 32x32: three stages of five blocks.
 
-    def __init__(self, classes: int = 10, *, rngs: nnx.Rngs):
+    Args:
+      classes: how many.
+      activation: another one than ReLU.
+      rngs: of the initial parameters.
+    """
+
+    def __init__(self, classes: int = 10, *, activation: Activation = jax.nn.relu, rngs: nnx.Rngs):
+        self.activation = activation
         self.conv = _convolution(3, 16, 1, rngs)
         self.norm = nnx.BatchNorm(16, rngs=rngs)
         channels = [16, *(width for width in (16, 32, 64) for _ in range(5))]
-        self.blocks = nnx.List(_Block(n, m, rngs=rngs) for n, m in itertools.pairwise(channels))
+        self.blocks = nnx.List(_Block(n, m, activation, rngs=rngs) for n, m in itertools.pairwise(channels))
         self.out = nnx.Linear(64, classes, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = jax.nn.relu(self.norm(self.conv(images)))
+        x = self.activation(self.norm(self.conv(images)))
         for block in self.blocks:
             x = block(x)
         return self.out(jnp.mean(x, axis=(1, 2)))

@@ -1,6 +1,7 @@
 """Progress bars, tables, pictures and JSON files of the examples."""
 
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -134,5 +135,23 @@ def plot_bench(path: Path, result: Mapping[str, Any]) -> None:
             axis.set(title=f"an update alone, by {name}", xlabel=name, ylabel="ms")
             axis.grid(alpha=0.3)
             axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_runs(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """The loss at every step of runs with a bound on the step (a `trust_radius`) and without."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    labels = {True: "without a bound", False: "with the bound"}
+    for run in runs:
+        free = run["trust_radius"] is None
+        losses = [math.nan if loss is None else loss for loss in run["losses"]]
+        axis.plot(losses, color="tab:gray" if free else "tab:red", linewidth=1, label=labels.pop(free, None))
+        if run["not_finite_at_step"] is not None:
+            place = (run["not_finite_at_step"], 0.95)
+            axis.annotate(f" seed {run['seed']} diverges", place, xycoords=("data", "axes fraction"))
+    axis.set(xlabel="step", ylabel="loss per image, nats", ylim=(0.9 * axis.dataLim.ymin, 800))
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
