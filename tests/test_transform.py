@@ -269,7 +269,7 @@ def test_refreshes_in_parts(parts):
 def test_parts_cost_about_the_same():
     """Equal layers, one part each: one refresh at each step."""
     grads = [jnp.ones((3, 3)) for _ in range(4)]
-    tx = tnt(0.1, damping=lambda t: 1.0 + t, statistics_period=1, inverse_period=4, refresh_parts=4)
+    tx = tnt(0.1, damping=lambda t: 1 + jnp.float32(t), statistics_period=1, inverse_period=4, refresh_parts=4)
     state = tx.init(grads)
     update = jax.jit(lambda state: tx.update(grads, state, sampled_grads=grads)[1])
     for t in range(8):
