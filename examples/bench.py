@@ -18,7 +18,7 @@ import optax
 import scipy.linalg
 from common import report
 from common.contenders import contenders
-from common.models import Activation, Autoencoder, ResNet32, Transformer
+from common.models import Autoencoder, ResNet32, Transformer
 from common.training import Problem
 from flax import nnx
 from rich.console import Console
@@ -31,15 +31,15 @@ MODELS = ("autoencoder", "resnet32", "transformer")
 PARTS = ("gradient", "sampled backward pass", "contractions", "preconditioning", "inverses")
 
 
-def make_problem(model: str, activation: Activation = jax.nn.relu) -> Problem:
+def make_problem(model: str, plain: bool = False) -> Problem:
     """The model, a distribution of its targets, and one batch of random data."""
     on_cpu, keys, rngs = jax.default_backend() == "cpu", jax.random.split(jax.random.key(0)), nnx.Rngs(0)
     if model == "autoencoder":  # The paper's for MNIST.
-        module: nnx.Module = Autoencoder(784, (1000, 500, 250, 30), activation=activation, rngs=rngs)
+        module: nnx.Module = Autoencoder(784, (1000, 500, 250, 30), plain=plain, rngs=rngs)
         inputs = targets = jax.random.uniform(keys[0], (1000, 784))
         predictive: Any = tnt_optax.Bernoulli()
     elif model == "resnet32":
-        module, batch = ResNet32(activation=activation, rngs=rngs), 16 if on_cpu else 128
+        module, batch = ResNet32(plain=plain, rngs=rngs), 16 if on_cpu else 128
         inputs, targets = jax.random.normal(keys[0], (batch, 32, 32, 3)), jax.random.randint(keys[1], (batch,), 0, 10)
         predictive = tnt_optax.Categorical()
     else:
@@ -59,7 +59,7 @@ def race(problem: Problem, steps: int, skip: Sequence[str], progress: Any) -> li
     """One row for each optimizer; an optimizer that fails has the error instead of numbers."""
     rows: dict[str, dict[str, Any]] = {}
     running = {}
-    for name, make in contenders(lambda: make_problem(problem.name, lambda x: jnp.maximum(x, 0))).items():
+    for name, make in contenders(lambda: make_problem(problem.name, plain=True)).items():
         rows[name] = {"optimizer": name}
         if name in skip:
             rows[name]["error"] = "skipped"

@@ -383,7 +383,8 @@ def _algorithm(
 def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
     """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2."""
     products = jax.tree.map(lambda p, m: as_float(jnp.vdot(p, m, precision=lax.Precision.HIGHEST)), direction, momentum)
-    squared_norm = jnp.sum(jnp.stack([as_float(0.0), *jax.tree.leaves(products)]))
+    # Not below 0, whatever the rounding. (And see `_all_finite`.)
+    squared_norm = jnp.sum(jnp.maximum(jnp.stack([as_float(0.0), *jax.tree.leaves(products)]), 0))
     scale = jnp.where(squared_norm > jnp.square(radius), radius * lax.rsqrt(squared_norm), 1)
     # An infinite norm does not tell how much to shorten: the step is then rejected, like all that is not finite.
     scale = jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
@@ -391,9 +392,10 @@ def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array)
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    # One pass without an array in between; the largest of NaN and anything is NaN.
-    leaves = [jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack([jnp.bool_(True), *leaves]))
+    # One pass without an array in between; the largest of NaN and anything is NaN. The results are gathered in an array
+    # before they are looked at: XLA would else put all of them into each place where the answer is used.
+    largest = [as_float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.isfinite(jnp.stack([as_float(0.0), *largest])))
 
 
 def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

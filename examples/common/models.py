@@ -1,14 +1,19 @@
 """The models of the examples, in Flax NNX."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-Activation = Callable[[jax.Array], jax.Array]
+
+def _relu(plain: bool) -> Callable[[jax.Array], jax.Array]:
+    return (lambda x: jnp.maximum(x, 0)) if plain else jax.nn.relu
 
 
 def _uniform(fan_in: int) -> nnx.Initializer:
@@ -22,7 +27,7 @@ class Autoencoder(nnx.Module):
     Args:
       pixels: the length of an input and of the output, logits of its pixels.
       widths: of the encoder's layers, the last of which is the code; the decoder mirrors them.
-      activation: another one than ReLU.
+      plain: without rules for derivatives, which some libraries can't trace.
       rngs: weights and biases are uniform in +-1/sqrt(fan_in).
     """
 
@@ -31,10 +36,10 @@ class Autoencoder(nnx.Module):
         pixels: int,
         widths: Sequence[int],
         *,
-        activation: Activation = jax.nn.relu,
+        plain: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.activation = activation
+        self.activation = _relu(plain)
         sizes = [pixels, *widths, *reversed(widths[:-1]), pixels]
         self.code = len(widths) - 1
         self.layers = nnx.List(
@@ -54,13 +59,13 @@ class Autoencoder(nnx.Module):
 class _Block(nnx.Module):
     """Two 3x3 convolutions; where the shape changes, the shortcut drops pixels and pads channels with zeros."""
 
-    def __init__(self, channels: int, out_channels: int, activation: Activation, *, rngs: nnx.Rngs):
-        self.activation = activation
+    def __init__(self, channels: int, out_channels: int, plain: bool, *, rngs: nnx.Rngs):
+        self.activation = _relu(plain)
         self.stride = 1 if channels == out_channels else 2
         self.padding = out_channels - channels
-        self.conv1 = _convolution(channels, out_channels, self.stride, rngs)
+        self.conv1 = _convolution(channels, out_channels, self.stride, plain, rngs)
         self.norm1 = nnx.BatchNorm(out_channels, rngs=rngs)
-        self.conv2 = _convolution(out_channels, out_channels, 1, rngs)
+        self.conv2 = _convolution(out_channels, out_channels, 1, plain, rngs)
         self.norm2 = nnx.BatchNorm(out_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,16 +80,16 @@ class ResNet32(nnx.Module):
 
     Args:
       classes: how many.
-      activation: another one than ReLU.
+      plain: without rules for derivatives, which some libraries can't trace.
       rngs: of the initial parameters.
     """
 
-    def __init__(self, classes: int = 10, *, activation: Activation = jax.nn.relu, rngs: nnx.Rngs):
-        self.activation = activation
-        self.conv = _convolution(3, 16, 1, rngs)
+    def __init__(self, classes: int = 10, *, plain: bool = False, rngs: nnx.Rngs):
+        self.activation = _relu(plain)
+        self.conv = _convolution(3, 16, 1, plain, rngs)
         self.norm = nnx.BatchNorm(16, rngs=rngs)
         channels = [16, *(width for width in (16, 32, 64) for _ in range(5))]
-        self.blocks = nnx.List(_Block(n, m, activation, rngs=rngs) for n, m in itertools.pairwise(channels))
+        self.blocks = nnx.List(_Block(n, m, plain, rngs=rngs) for n, m in itertools.pairwise(channels))
         self.out = nnx.Linear(64, classes, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -94,7 +99,10 @@ class ResNet32(nnx.Module):
         return self.out(jnp.mean(x, axis=(1, 2)))
 
 
-def _convolution(channels: int, out_channels: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _convolution(channels: int, out_channels: int, stride: int, plain: bool, rngs: nnx.Rngs) -> nnx.Conv:
+    def convolve(x: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__: Any) -> jax.Array:
+        return _convolve(x, kernel, strides[0], 1)
+
     return nnx.Conv(
         channels,
         out_channels,
@@ -103,7 +111,55 @@ def _convolution(channels: int, out_channels: int, stride: int, rngs: nnx.Rngs) 
         padding=1,
         use_bias=False,
         kernel_init=nnx.initializers.he_normal(),
+        conv_general_dilated=lax.conv_general_dilated if plain else convolve,
         rngs=rngs,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """A convolution whose derivatives are convolutions of the same layout.
+
+    XLA's CPU compiler brings those of other layouts, such as JAX derives, into this one only outside of conditionals;
+    inside, where TNT takes the sampled gradient, they are some twenty times slower.
+    """
+    return _conv(x, kernel, (padding, padding), strides=stride)
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> tuple[jax.Array, Any]:
+    return _convolve(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolve_backward(stride: int, padding: int, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    size, k, span = x.shape[1], len(kernel), (dy.shape[1] - 1) * stride + 1
+    low = k - 1 - padding
+    dx = _conv(dy, lax.rev(kernel, (0, 1)).swapaxes(2, 3), (low, size + k - 1 - span - low), lhs_dilation=stride)
+    high = k - 1 + span - size - padding
+    dkernel = _conv(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (padding, high), rhs_dilation=stride)
+    return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    padding: tuple[int, int],
+    *,
+    strides: int = 1,
+    lhs_dilation: int = 1,
+    rhs_dilation: int = 1,
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides, strides),
+        (padding, padding),
+        (lhs_dilation, lhs_dilation),
+        (rhs_dilation, rhs_dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
