@@ -37,6 +37,32 @@ def test_the_readme_has_the_numbers_of_the_demo():
             assert f"{curve['train_loss'][-1]:.1f}" in readme
 
 
+def test_the_stability_page_has_the_numbers_of_its_program():
+    page = (ROOT / "docs/stability.md").read_text()
+    runs = json.loads((ROOT / "docs/stability_mnist.json").read_text())["runs"]
+    for seed in range(10):
+        (row,) = re.findall(rf"^\| {seed} \|.*$", page, re.MULTILINE)
+        for run in (run for run in runs if run["seed"] == seed):
+            if run["diverged"]:
+                assert f"step {run['not_finite_at_step']} " in row
+            else:
+                assert all(f"{loss:.1f}" in row for loss in run["train_loss"][1:])
+    for radius in (None, 0.0316):
+        diverged = sum(run["diverged"] for run in runs if run["trust_radius"] == radius)
+        assert f"{diverged} of 10" in page
+
+
+def test_the_performance_page_has_the_numbers_of_its_programs():
+    page = (ROOT / "docs/performance.md").read_text()
+    for name in ("bench", "bench_transformer"):
+        for entry in json.loads((ROOT / f"docs/{name}.json").read_text())["models"].values():
+            for row in entry["race"]:
+                if "error" not in row:
+                    assert f"| {row['median_ms']:.1f} | {row['ratio']:.2f} |" in page
+            for part in entry["parts"]:
+                assert f"{part['ms']:.1f} | {part['floor_ms']:.1f}" in page
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -297,3 +297,16 @@ def test_the_derivative_through_an_update_is_finite_without_statistics():
         return jnp.sum(tx.update(g, tx.init(g), sampled_grads=sampled)[0])
 
     assert np.isfinite(jax.grad(norm)(jnp.zeros((2, 3)))).all()
+
+
+def test_the_compiled_program_grows_in_proportion_to_the_parameters():
+    """XLA may put a number that concerns all parameters, and all that it is made of, into the code for each of them."""
+
+    def operations(layers):
+        grads = [jnp.ones((3, 2))] * layers
+        tx = tnt(0.1, trust_radius=0.1, statistics_period=1)
+        update = jax.jit(lambda g, s: tx.update(g, s, sampled_grads=g))
+        return update.lower(grads, tx.init(grads)).compile().as_text().count(" = ")
+
+    # In proportion: less than eight times, because of what does not grow. Quadratic: up to 64 times.
+    assert operations(64) < 8 * operations(8)
