@@ -52,15 +52,11 @@ def test_the_stability_page_has_the_numbers_of_its_program():
         assert f"{diverged} of 10" in page
 
 
-def test_the_performance_page_has_the_numbers_of_its_programs():
+def test_the_performance_page_has_the_numbers_of_its_program():
     page = (ROOT / "docs/performance.md").read_text()
-    for name in ("bench", "bench_transformer"):
-        for entry in json.loads((ROOT / f"docs/{name}.json").read_text())["models"].values():
-            for row in entry["race"]:
-                if "error" not in row:
-                    assert f"| {row['median_ms']:.1f} | {row['ratio']:.2f} |" in page
-            for part in entry["parts"]:
-                assert f"{part['ms']:.1f} | {part['floor_ms']:.1f}" in page
+    written = json.loads((ROOT / "docs/bench_autoencoder.json").read_text())
+    for row in written["models"]["autoencoder"]["race"]:
+        assert re.search(rf"\| \W*{re.escape(row['optimizer'])}\W* \| {row['median_ratio']:.2f} \|", page)
 
 
 def test_links_lead_somewhere():
