@@ -118,13 +118,13 @@ def plot_bench(path: Path, result: Mapping[str, Any]) -> None:
     """Bars of each optimizer's step for every model, and the growth with width and depth where it was measured."""
     models = result["models"]
     panels = len(models) + (2 if "growth" in result else 0)
-    figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained", squeeze=False)
     for axis, (name, entry) in zip(axes[0], models.items(), strict=False):
         rows = [row for row in entry["race"] if "ratio" in row][::-1]
         colors = ["tab:red" if row["optimizer"].startswith("TNT") else "tab:gray" for row in rows]
         bars = axis.barh([row["optimizer"] for row in rows], [row["ratio"] for row in rows], color=colors)
         axis.bar_label(bars, fmt="%.2f", padding=2)
-        axis.set(title=f"{name}, batch {entry['batch']}", xlabel="step / step of SGD-m", xscale="log")
+        axis.set(title=f"{name}, batch {entry['batch']}", xlabel="step / step of SGD-m")
         axis.margins(x=0.2)
     if "growth" in result:
         for axis, (name, rows) in zip(axes[0, len(models) :], result["growth"].items(), strict=True):
