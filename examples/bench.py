@@ -64,7 +64,7 @@ def race(problem: Problem, steps: int, skip: Sequence[str], progress: Any) -> li
         if name in skip:
             rows[name]["error"] = "skipped"
             continue
-        ticker = report.Ticker(progress, f"{problem.name}: {name}", steps)
+        ticker = report.Ticker(progress, f"{problem.name}: {name}", steps, shows="ms")
         try:
             contender = make(problem)
             contender.step(0)
@@ -225,11 +225,12 @@ def _updates(params: Any, rounds: int) -> tuple[dict[str, float], dict[str, floa
         compiling[name] = time.perf_counter() - start
         return result
 
-    first_order = compiled("adam", adam.update, adam.init(params))
+    adam_state = adam.init(params)
+    first_order = compiled("adam", adam.update, adam_state)
     second_order = compiled("tnt", lambda g, s, p: tnt.update(g, s, p, sampled_grads=g), state)
     seconds = seconds_of(
         {
-            "adam": lambda: first_order(params, adam.init(params), params),
+            "adam": lambda: first_order(params, adam_state, params),
             "tnt": lambda: second_order(params, later, params),
             "tnt_refresh": lambda: second_order(params, state, params),
         },

@@ -21,13 +21,12 @@ SHAPES = {
     "conv2d": ((3, 2, 4, 3), (6, 4, 3)),
     "conv3d": ((2, 1, 3, 2, 3), (6, 2, 3)),
 }
-SHORT = {"statistics_period": 2, "inverse_period": 3}
 VIEWS = [view for _, view in SHAPES.values()]
 
 
-def random_trees(seed, steps, dtype=jnp.float32, scale=1.0):
+def random_trees(seed, steps, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    return [{k: jnp.asarray(scale * rng.normal(size=s), dtype) for k, (s, _) in SHAPES.items()} for _ in range(steps)]
+    return [{k: jnp.asarray(rng.normal(size=s), dtype) for k, (s, _) in SHAPES.items()} for _ in range(steps)]
 
 
 def as_views(tree):

@@ -108,7 +108,8 @@ def with_optax(problem: Problem, tx: Any, *, early_steps: int = 0, share: int = 
 def with_kfac_jax(problem: Problem, learning_rate: float) -> Contender:
     """DeepMind's kfac-jax with its TNT blocks: statistics at every step, inverses every 20 steps."""
     kfac_jax: Any = importlib.import_module("kfac_jax")
-    # Its release 0.0.8 evaluates an equation in a way that JAX has changed since.
+    # Its release 0.0.8 unpacks what JAX no longer returns; nothing public can replace that, and without it the one peer
+    # that does the same arithmetic could not race.
     matcher: Any = importlib.import_module("kfac_jax._src.tag_graph_matcher")
     matcher.eval_jaxpr_eqn = _evaluate
     register: Any = {

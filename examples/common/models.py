@@ -118,7 +118,7 @@ def _convolution(channels: int, out_channels: int, stride: int, plain: bool, rng
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """A convolution whose derivatives are convolutions of the same layout.
+    """A convolution of square images and kernels, whose derivatives are convolutions of the same layout.
 
     XLA's CPU compiler brings those of other layouts, such as JAX derives, into this one only outside of conditionals;
     inside, where TNT takes the sampled gradient, they are some twenty times slower.

@@ -36,20 +36,21 @@ def progress_bar(console: Console) -> Progress:
 
 
 class Ticker:
-    """Called after every step: moves a progress bar, and shows the loss and the steps per second."""
+    """Called after every step: moves a progress bar, and shows the loss or another number, and the steps per second."""
 
-    def __init__(self, progress: Progress, description: str, steps: int):
+    def __init__(self, progress: Progress, description: str, steps: int, shows: str = "loss"):
+        self.shows = shows
         self.progress, self.task = progress, progress.add_task(description, total=steps, status="compiling")
         self.done, self.start, self.shown = 0, 0.0, 0.0
 
-    def __call__(self, loss: float) -> None:
+    def __call__(self, value: float) -> None:
         now = time.perf_counter()
         self.start = self.start or now
         self.done += 1
         if now - self.shown > 0.1:  # Drawing takes time too.
             self.shown = now
             rate = self.done / max(now - self.start, 1e-9)
-            self.skip_to(self.done, f"loss {loss:8.3f}  {rate:6.1f} steps/s")
+            self.skip_to(self.done, f"{self.shows} {value:8.3f}  {rate:6.1f} steps/s")
 
     def skip_to(self, steps: int, status: str) -> None:
         self.done = steps
