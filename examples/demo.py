@@ -68,15 +68,14 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     with report.progress_bar(console) as progress:
         for name, (_, grid) in optimizers.items():
-            tuning[name] = tune(
-                trainers[name],
-                grid,
-                args,
-                report.Ticker(progress, f"tune {name}", len(grid) * args.tuning_epochs * problem.steps_per_epoch),
+            steps = args.tuning_epochs * problem.steps_per_epoch
+            ticker = report.Ticker(progress, f"tune {name}", len(grid) * steps)
+            tuning[name] = trainers[name].search(
+                grid, args.tuning_epochs, seed=args.seed, on_step=ticker, on_trial=ticker.trials(steps)
             )
-            if not math.isfinite(min(trial["loss"] for trial in tuning[name])):
+            winner = tuning[name][0]
+            if not math.isfinite(winner["loss"]):
                 raise SystemExit(f"{name} diverged on the whole grid: give it smaller --learning-rates.")
-            winner = min(tuning[name], key=lambda trial: trial["loss"])
             best[name] = {key: value for key, value in winner.items() if key != "loss"}
         for name, trainer in trainers.items():
             ticker = report.Ticker(progress, f"train {name}", args.epochs * problem.steps_per_epoch)
@@ -85,7 +84,7 @@ def main() -> None:
     print_results(console, args, curves, best, problem.steps_per_epoch)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"demo_{args.dataset}"
-    report.plot_curves(stem.with_suffix(".png"), title, curves)
+    report.plot_curves(stem.with_suffix(".png"), title, {name: [curve] for name, curve in curves.items()})
     report.save_json(
         stem.with_suffix(".json"),
         {
@@ -120,21 +119,6 @@ def make_optimizers(args: argparse.Namespace) -> dict[str, tuple[Callable[..., A
     rates = [{"learning_rate": rate} for rate in args.learning_rates]
     with_damping = [{**rate, "damping": eps} for rate, eps in itertools.product(rates, args.dampings)]
     return {"TNT": (tnt, with_damping), "Adam": (optax.adam, rates), "SGD-m": (sgd_with_momentum, rates)}
-
-
-def tune(
-    trainer: Trainer, grid: list[dict[str, float]], args: argparse.Namespace, ticker: report.Ticker
-) -> list[dict[str, float]]:
-    trials = []
-    for index, hyperparams in enumerate(grid):
-        curve = trainer.train(args.tuning_epochs, hyperparams, seed=args.seed, on_step=ticker)
-        trials.append({**hyperparams, "loss": curve.final})
-        # A training that diverged stopped early.
-        ticker.skip_to(
-            (index + 1) * args.tuning_epochs * trainer.problem.steps_per_epoch,
-            f"best loss {min(t['loss'] for t in trials):.3f}",
-        )
-    return trials
 
 
 def print_results(

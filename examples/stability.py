@@ -40,7 +40,11 @@ def main() -> None:
                     ticker(loss)
 
                 curve = trainer.train(
-                    args.epochs, {"learning_rate": args.learning_rate}, seed=seed, warm_start=True, on_step=on_step
+                    args.epochs,
+                    {"learning_rate": args.learning_rate},
+                    seed=seed,
+                    warm_start=problem.steps_per_epoch,
+                    on_step=on_step,
                 )
                 bad = [not math.isfinite(loss) for loss in losses]
                 worse = not curve.train_loss[-1] <= curve.train_loss[0]

@@ -79,6 +79,36 @@ def test_fraction(tmp_path):
         assert curve["train_loss"][-1] < curve["train_loss"][0]
 
 
+def test_autoencoder(tmp_path):
+    names = ("TNT", "TNT, bounded", "KFAC", "Shampoo", "Adam", "SGD-m")
+    small = ("--widths", 8, 4, "--seeds", 2, "--batch-size", 400, "--inverse-period", 2, "--out", tmp_path)
+    result = program("autoencoder", *small, "--epochs", 1, "--grid", 1, 3, "--tuning-epochs", 1)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "autoencoder_digits.json").read_text())
+    assert set(written["curves"]) == set(names)
+    for name, trials in written["tuning"].items():
+        assert len(trials) == (2 if name == "SGD-m" else 4)
+        assert written["settings"][name]["learning_rate"] == trials[0]["learning_rate"]
+        assert trials[0]["loss"] == min(trial["loss"] for trial in trials)
+    rows = (tmp_path / "autoencoder_digits.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(names) * 2 * 2  # Seeds, and losses before and after the epoch.
+    assert (tmp_path / "autoencoder_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_autoencoder_goes_on_where_it_was(tmp_path):
+    curves = []
+    for out, runs in ((tmp_path / "interrupted", (1, 3)), (tmp_path / "whole", (3,))):
+        for epochs in runs:
+            small = ("--widths", 8, 4, "--batch-size", 400, "--optimizers", "TNT", "--out", out)
+            result = program("autoencoder", *small, "--epochs", epochs)
+            assert result.returncode == 0, result.stderr
+        curves.append(json.loads((out / "autoencoder_digits.json").read_text())["curves"]["TNT"][0])
+    interrupted, whole = curves
+    assert len(whole["train_loss"]) == 4
+    assert interrupted["train_loss"] == whole["train_loss"]
+    assert interrupted["warm_start_seconds"] > 0
+
+
 def test_bench(tmp_path):
     peers = ["Adam", "Muon", "TNT (10, 100)", "TNT (1, 20), 20 parts", "TNT-EF (1, 20)", "Shampoo (1, 20)"]
     options = ("--models", "autoencoder", "--steps", 2, "--rounds", 1, "--widths", 16, "--depths", 2, "--skip", *peers)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import tnt_optax
-from common.shampoo import shampoo
+from common.baselines import shampoo
 from common.training import Problem, sampled_on_a_part
 
 

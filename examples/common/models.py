@@ -47,10 +47,11 @@ class Autoencoder(nnx.Module):
             for n, m in itertools.pairwise(sizes)
         )
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, tap: Callable[..., jax.Array] = lambda x, y: y) -> jax.Array:
+        """`tap(x, y)`, given each layer's input and output, may replace the output: for KFAC."""
         x = images
         for index, layer in enumerate(self.layers):
-            x = layer(x)
+            x = tap(x, layer(x))
             if index not in (self.code, len(self.layers) - 1):
                 x = self.activation(x)
         return x

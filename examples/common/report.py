@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from common.training import Curve
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLORS = {"TNT": "tab:red", "Adam": "tab:blue", "SGD-m": "tab:green"}
+COLORS = {
+    "TNT": "tab:red",
+    "TNT, bounded": "tab:purple",
+    "KFAC": "tab:orange",
+    "Shampoo": "tab:brown",
+    "Adam": "tab:blue",
+    "SGD-m": "tab:green",
+}
 
 
 def progress_bar(console: Console) -> Progress:
@@ -52,6 +59,10 @@ class Ticker:
             rate = self.done / max(now - self.start, 1e-9)
             self.skip_to(self.done, f"{self.shows} {value:8.3f}  {rate:6.1f} steps/s")
 
+    def trials(self, steps: int) -> Callable[[Sequence[Mapping[str, float]]], None]:
+        """For `Trainer.search`, whose every trial is so many steps, or fewer where it diverged."""
+        return lambda trials: self.skip_to(len(trials) * steps, f"best loss {min(t['loss'] for t in trials):.3f}")
+
     def skip_to(self, steps: int, status: str) -> None:
         self.done = steps
         self.progress.update(self.task, completed=steps, status=status)
@@ -67,20 +78,30 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
     console.print(table)
 
 
-def plot_curves(path: Path, title: str, curves: Mapping[str, Curve]) -> None:
-    """The training loss (solid) and the test loss (dotted) against epochs, and against seconds."""
+def plot_curves(path: Path, title: str, curves: Mapping[str, Sequence[Curve]], *, log: bool = False) -> None:
+    """The training loss (solid, with a band of one standard deviation) and the test loss (dotted), both as means over
+    the seeds that did not diverge, against epochs and against seconds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for name, curve in curves.items():
-        epochs = np.arange(len(curve.train_loss))
-        for axis, x in ((left, epochs), (right, curve.seconds)):
-            axis.plot(x, curve.train_loss, color=COLORS.get(name), label=name)
-            axis.plot(x, curve.test_loss, color=COLORS.get(name), linestyle=":", linewidth=1)
-    # The first loss, of the untrained model, would squeeze all the others together.
-    losses = np.concatenate([curve.train_loss[1:] + curve.test_loss[1:] for curve in curves.values()])
+    shown = []
+    for name, of_seeds in curves.items():
+        of_seeds = [curve for curve in of_seeds if np.isfinite(curve.final)] or of_seeds
+        train, test, seconds = (
+            # A budget in seconds ends some trainings before others.
+            np.array(list(zip(*(getattr(curve, key) for curve in of_seeds), strict=False)))
+            for key in ("train_loss", "test_loss", "seconds")
+        )
+        mean, deviation = train.mean(axis=1), train.std(axis=1)
+        # The first loss, of the untrained model, would squeeze all the others together.
+        shown.append(np.concatenate([train[1:].ravel(), test[1:].ravel()]))
+        for axis, x in ((left, np.arange(len(train))), (right, seconds.mean(axis=1))):
+            axis.plot(x, mean, color=COLORS.get(name), label=name)
+            axis.plot(x, test.mean(axis=1), color=COLORS.get(name), linestyle=":", linewidth=1)
+            axis.fill_between(x, mean - deviation, mean + deviation, color=COLORS.get(name), alpha=0.2, linewidth=0)
+    losses = np.concatenate(shown)
     losses = losses[np.isfinite(losses)]
     if losses.size:
         left.set_ylim(0.97 * losses.min(), 1.03 * np.quantile(losses, 0.99))
-    left.set(xlabel="epochs", ylabel="loss per image, nats")
+    left.set(xlabel="epochs", ylabel="loss per image, nats", yscale="log" if log else "linear")
     right.set(xlabel="seconds of training steps")
     right.legend(title="solid: training, dotted: test", loc="upper right")
     for axis in (left, right):

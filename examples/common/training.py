@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 
 import tnt_optax
 
@@ -34,11 +37,15 @@ class Problem:
 
 @dataclasses.dataclass
 class Curve:
-    """What came of a training: losses at the start and after every epoch, and the seconds of its steps alone."""
+    """What came of a training: losses at the start and after every epoch, and the seconds of its steps alone.
+
+    Those of the warm start are counted apart, with its compilation.
+    """
 
     train_loss: list[float] = dataclasses.field(default_factory=list)
     test_loss: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
+    warm_start_seconds: float = 0.0
 
     @property
     def final(self) -> float:
@@ -70,6 +77,34 @@ def sampled_on_a_part(value_and_grads: Any, share: int) -> Any:
     return with_a_part
 
 
+class Checkpoints:
+    """The latest state of a training and what is told about it, in a folder; without a folder, nowhere."""
+
+    def __init__(self, folder: Path | None):
+        keep = ocp.checkpoint_managers.LatestN(1)
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options) if folder else None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self._manager:
+            self._manager.close()
+
+    def latest(self, like: Any) -> tuple[Any, Any] | None:
+        """The state, of the structure, shapes and dtypes of `like`, and what was told; None without a checkpoint."""
+        if self._manager is None or (step := self._manager.latest_step()) is None:
+            return None
+        told = self._manager.metadata(step).custom_metadata
+        return self._manager.restore(step, args=ocp.args.StandardRestore(like)), told
+
+    def save(self, step: int, state: Any, told: Any) -> None:
+        if self._manager:
+            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=told)
+            self._manager.wait_until_finished()  # The next step reuses the memory of this state.
+
+
 class Trainer:
     """Trains a problem with one optimizer, again and again with other hyper-parameters, compiling it once.
 
@@ -78,6 +113,9 @@ class Trainer:
       optimizer: a function of the hyper-parameters that returns a gradient transformation.
       scale: of the sampled gradient, see `tnt_optax.value_and_sampled_grad`.
       share: labels are sampled for one in so many examples of a batch.
+      value_and_grads: in place of that of `tnt_optax.value_and_sampled_grad`, for an optimizer whose statistics are of
+        something else.
+      warm_start: in place of `tnt_optax.warm_start`.
     """
 
     def __init__(
@@ -87,11 +125,14 @@ class Trainer:
         *,
         scale: Literal["mean", "fisher"] = "fisher",
         share: int = 1,
+        value_and_grads: Any = None,
+        warm_start: Callable[..., Any] = tnt_optax.warm_start,
     ):
-        self.problem = problem
+        self.problem, self.warm_start = problem, warm_start
         # The numbers live in the optimizer's state, so that one compiled step serves all of their values.
         self.optimizer = optax.inject_hyperparams(optimizer)
-        value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive, scale=scale)
+        if value_and_grads is None:
+            value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive, scale=scale)
         of_a_part = sampled_on_a_part(value_and_grads, share)
 
         @functools.partial(jax.jit, static_argnames="tx", donate_argnames=("params", "opt_state"))
@@ -101,7 +142,7 @@ class Trainer:
             updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
             return optax.apply_updates(params, updates), opt_state, loss
 
-        self._sampled_grads = jax.jit(lambda params, x, y, key: value_and_grads(params, x, y, key)[2])
+        self._sampled_grads = jax.jit(lambda params, x, y, key: value_and_grads(params, x, y, key)[2]())
         self._jitted_step: Any = step
         self._step: Any = None
         self._evaluate = jax.jit(lambda params, x, y: problem.predictive.loss(problem.forward(params, x), y))
@@ -112,8 +153,11 @@ class Trainer:
         hyperparams: Mapping[str, float],
         *,
         seed: int = 0,
-        warm_start: bool = False,
+        warm_start: int = 0,
+        max_seconds: float = math.inf,
+        folder: Path | None = None,
         on_step: Callable[[float], None] = lambda loss: None,
+        on_epoch: Callable[[int], None] = lambda epochs: None,
     ) -> Curve:
         """Trains from the problem's initial parameters; stops early where the loss is no longer finite.
 
@@ -121,8 +165,11 @@ class Trainer:
           epochs: how many passes over the training data.
           hyperparams: of the optimizer.
           seed: of the order of the examples and of the sampled targets.
-          warm_start: one pass over the training data for TNT's statistics, whose seconds are not counted.
+          warm_start: how many batches the statistics absorb before the first step.
+          max_seconds: no other epoch begins after so many seconds of steps.
+          folder: for a checkpoint after every epoch, which is where the training goes on if it is there already.
           on_step: called after every step with its loss.
+          on_epoch: called at the start and after every epoch with the number of those that are done.
         """
         problem, key = self.problem, jax.random.key(seed)
         tx = self.optimizer(**hyperparams)
@@ -132,27 +179,58 @@ class Trainer:
             batch = next(batches(problem, 0, seed))
             self._step = self._jitted_step.lower(params, opt_state, batch, key, tx=tx).compile()
 
-        if warm_start:
-            keys = jax.random.split(jax.random.fold_in(key, 1), problem.steps_per_epoch)
-            pairs = zip(batches(problem, 0, seed), keys, strict=True)
-            sampled_grads = (self._sampled_grads(params, *batch, subkey) for batch, subkey in pairs)
-            opt_state = tnt_optax.warm_start(tx, opt_state, params, sampled_grads)
-
-        curve = Curve()
-        self._record(curve, params, 0.0)
-        for epoch in range(epochs):
-            seconds = 0.0
-            for batch in batches(problem, epoch, seed):
-                key, subkey = jax.random.split(key)
+        with Checkpoints(folder) as checkpoints:
+            saved = checkpoints.latest((params, opt_state, jax.random.key_data(key)))
+            if saved is None:
+                curve = Curve()
                 start = time.perf_counter()
-                params, opt_state, loss = self._step(params, opt_state, batch, subkey)
-                loss = float(loss)
-                seconds += time.perf_counter() - start
-                on_step(loss)
-            self._record(curve, params, seconds)
-            if not math.isfinite(curve.train_loss[-1]):
-                break
+                if warm_start:
+                    keys = jax.random.split(jax.random.fold_in(key, 1), problem.steps_per_epoch)
+                    pairs = itertools.islice(zip(batches(problem, 0, seed), keys, strict=True), warm_start)
+                    observed = (self._sampled_grads(params, *batch, subkey) for batch, subkey in pairs)
+                    opt_state = jax.block_until_ready(self.warm_start(tx, opt_state, params, observed))
+                    curve.warm_start_seconds = time.perf_counter() - start
+                self._record(curve, params, 0.0)
+            else:
+                (params, opt_state, key_data), of_curve = saved
+                curve, key = Curve(**of_curve), jax.random.wrap_key_data(key_data)
+            for epoch in range(len(curve.seconds) - 1, epochs):
+                on_epoch(epoch)
+                if not math.isfinite(curve.train_loss[-1]) or curve.seconds[-1] >= max_seconds:
+                    break
+                seconds = 0.0
+                for batch in batches(problem, epoch, seed):
+                    key, subkey = jax.random.split(key)
+                    start = time.perf_counter()
+                    params, opt_state, loss = self._step(params, opt_state, batch, subkey)
+                    loss = float(loss)
+                    seconds += time.perf_counter() - start
+                    on_step(loss)
+                self._record(curve, params, seconds)
+                state = (params, opt_state, jax.random.key_data(key))
+                checkpoints.save(epoch + 1, state, dataclasses.asdict(curve))
         return curve
+
+    def search(
+        self,
+        grid: Sequence[Mapping[str, float]],
+        epochs: int,
+        *,
+        seed: int = 0,
+        warm_start: int = 0,
+        on_step: Callable[[float], None] = lambda loss: None,
+        on_trial: Callable[[list[dict[str, float]]], None] = lambda trials: None,
+    ) -> list[dict[str, float]]:
+        """Trains with each hyper-parameters of the grid; returns them with the final training losses, the lowest first.
+
+        `on_trial` is called after each with all that there are so far. The other arguments are those of `train`.
+        """
+        trials: list[dict[str, float]] = []
+        for hyperparams in grid:
+            curve = self.train(epochs, hyperparams, seed=seed, warm_start=warm_start, on_step=on_step)
+            trials.append({**hyperparams, "loss": curve.final})
+            on_trial(trials)
+        return sorted(trials, key=lambda trial: trial["loss"])
 
     def _record(self, curve: Curve, params: Any, seconds: float) -> None:
         curve.train_loss.append(float(self._evaluate(params, *self.problem.train)))

@@ -1,0 +1,312 @@
+"""Shampoo and KFAC, plain: baselines for TNT, with the same momentum, moving averages, update periods and warm start.
+
+Shampoo: Gupta, Koren & Singer (2018), with the coupled Newton iteration for its roots. KFAC: Martens & Grosse (2015),
+for models of dense layers.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import tnt_optax
+
+
+class KroneckerState(NamedTuple):
+    """Counts, momentum, and for every block (a parameter or a layer) the statistics and what is computed from them."""
+
+    count: jax.Array
+    statistics_count: jax.Array
+    momentum: Any
+    statistics: Any
+    inverses: Any
+
+
+def shampoo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    damping: Any = 1e-4,
+    decay: float = 0.9,
+    momentum: float = 0.9,
+    statistics_period: int = 1,
+    inverse_period: int = 20,
+) -> optax.GradientTransformationExtraArgs:
+    """W <- W - learning_rate * m x_1 (L_1 + eps I)^(-1/2k) ... x_k (L_k + eps I)^(-1/2k).
+
+    Args:
+      learning_rate: a number or a schedule.
+      damping: eps.
+      decay: of the moving averages L_i of mat_i(g) mat_i(g)^T, g being the gradient itself.
+      momentum: accumulated before preconditioning, not dampened.
+      statistics_period: every how many steps the averages absorb a gradient.
+      inverse_period: every how many steps the roots are computed; in the first of these periods with every gradient
+        that is absorbed, as TNT does.
+    """
+
+    def contractions(w: jax.Array) -> list[jax.Array]:
+        view = _view(w)
+        unfolded = [jnp.moveaxis(view, i, 0).reshape(d, -1) for i, d in enumerate(view.shape)]
+        return [u @ u.T for u in unfolded]
+
+    def roots(w: jax.Array, averages: list[jax.Array]) -> list[jax.Array]:
+        del w
+        return [inverse_root(c + damping * jnp.eye(len(c)), 2 * len(averages)) for c in averages]
+
+    def precondition(m: jax.Array, matrices: list[jax.Array]) -> jax.Array:
+        direction = _view(m)
+        for matrix in matrices:  # Each product moves its mode to the end: after all of them they are in order.
+            direction = jnp.tensordot(direction, matrix, axes=(0, 0))
+        return direction.reshape(m.shape)
+
+    def observe(grads: Any, sampled: Any) -> Any:
+        return jax.tree.map(contractions, grads if sampled is None else sampled)
+
+    scale = _scale_by_kronecker(
+        observe,
+        roots,
+        precondition,
+        is_block=None,
+        decay=decay,
+        mu=momentum,
+        statistics_period=statistics_period,
+        inverse_period=inverse_period,
+    )
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+
+
+class LayerFactors(NamedTuple):
+    """KFAC's two factors of a dense layer: of its inputs with a one appended, and of its outputs' gradients."""
+
+    inputs: jax.Array
+    outputs: jax.Array
+
+
+def kfac(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    damping: Any = 0.3,
+    decay: float = 0.9,
+    momentum: float = 0.9,
+    statistics_period: int = 1,
+    inverse_period: int = 20,
+) -> optax.GradientTransformationExtraArgs:
+    """V <- V - learning_rate * (A + pi sqrt(eps) I)^-1 m (B + sqrt(eps)/pi I)^-1 for V = [kernel; bias] of each layer.
+
+    Args:
+      learning_rate: a number or a schedule.
+      damping: eps, divided between the factors by pi^2 = (tr A / d_A) / (tr B / d_B).
+      decay: of the moving averages A and B, which `value_and_layer_factors` gives: `update` takes them, or a function
+        that returns them, as `sampled_grads`.
+      momentum: accumulated before preconditioning, not dampened.
+      statistics_period: every how many steps the averages absorb new factors.
+      inverse_period: every how many steps the inverses are computed; in the first of these periods with every step
+        that is absorbed, as TNT does.
+    """
+
+    def inverses(layer: Any, factors: LayerFactors) -> LayerFactors:
+        del layer
+        pi = jnp.sqrt(jnp.mean(jnp.diagonal(factors.inputs)) / jnp.mean(jnp.diagonal(factors.outputs)))
+        # A layer whose outputs' gradients are all zero has no ratio.
+        pi = jnp.where(jnp.isfinite(pi) & (pi > 0), pi, 1)
+        root = jnp.sqrt(damping)
+        return LayerFactors(_inverse(factors.inputs, pi * root), _inverse(factors.outputs, root / pi))
+
+    def precondition(layer: Any, factors: LayerFactors) -> Any:
+        bias, kernel = jax.tree.leaves(layer)
+        direction = factors.inputs @ jnp.concatenate([kernel, bias[None]]) @ factors.outputs
+        return jax.tree.unflatten(jax.tree.structure(layer), [direction[-1], direction[:-1]])
+
+    scale = _scale_by_kronecker(
+        lambda grads, sampled: sampled,
+        inverses,
+        precondition,
+        is_block=_is_layer,
+        decay=decay,
+        mu=momentum,
+        statistics_period=statistics_period,
+        inverse_period=inverse_period,
+    )
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+
+
+def value_and_layer_factors(forward: Callable[..., Any], predictive: tnt_optax.PredictiveDistribution) -> Any:
+    """What `tnt_optax.value_and_sampled_grad` is for TNT: the loss, its gradient, and a function that gives the factors
+    of this batch, with targets sampled from the model.
+
+    Args:
+      forward: `forward(params, inputs, tap)`, which passes every dense layer's output through `tap(input, output)`, in
+        the order of the layers in `params`.
+      predictive: of the outputs.
+    """
+
+    def value_and_grads(params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
+        layers, structure = jax.tree.flatten(params, is_leaf=_is_layer)
+
+        def tapped(params: Any, probes: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
+            remaining, layer_inputs = list(probes), []
+
+            def tap(x: jax.Array, y: jax.Array) -> jax.Array:
+                layer_inputs.append(x)
+                return y + remaining.pop(0)
+
+            return forward(params, inputs, tap), layer_inputs
+
+        probes = [jnp.zeros((len(inputs), len(layer["bias"]))) for layer in layers]
+        outputs, pullback, layer_inputs = jax.vjp(tapped, params, probes, has_aux=True)
+        loss, cotangent = jax.value_and_grad(predictive.loss)(outputs, targets)
+
+        def factors() -> Any:
+            sampled = predictive.sample(key, outputs)
+            _, cotangents = pullback(jax.grad(predictive.loss)(outputs, sampled))
+            m = len(inputs)  # The loss is a mean: an example's own gradient is m times its share.
+            with_ones = [jnp.concatenate([x, jnp.ones((m, 1))], axis=1) for x in layer_inputs]
+            pairs = zip(with_ones, cotangents, strict=True)
+            return structure.unflatten([LayerFactors(x.T @ x / m, m * g.T @ g) for x, g in pairs])
+
+        return loss, pullback(cotangent)[0], factors
+
+    return value_and_grads
+
+
+def value_and_gradient_twice(forward: Callable[..., Any], predictive: tnt_optax.PredictiveDistribution) -> Any:
+    """The same for Shampoo, whose statistics are of the gradient itself."""
+
+    def value_and_grads(params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
+        del key
+        loss, grads = jax.value_and_grad(lambda params: predictive.loss(forward(params, inputs), targets))(params)
+        return loss, grads, lambda: grads
+
+    return value_and_grads
+
+
+def warm_start(
+    tx: optax.GradientTransformationExtraArgs, opt_state: Any, params: Any, observations: Iterable[Any]
+) -> Any:
+    """What `tnt_optax.warm_start` is for TNT: statistics are the mean over all observations, then the inverses."""
+
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, KroneckerState)
+
+    @functools.partial(jax.jit, static_argnames="stage")
+    def advance(opt_state: Any, observation: Any, stage: str) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, new = tx.update(zeros, opt_state, params, sampled_grads=observation, warm_start=stage)
+        # Whatever else counts steps has not seen one.
+        return jax.tree.map(lambda o, n: n if is_ours(o) else o, opt_state, new, is_leaf=is_ours)
+
+    for observation in observations:
+        opt_state = advance(opt_state, observation, "absorb")
+    return advance(opt_state, None, "refresh")
+
+
+def _scale_by_kronecker(
+    observe: Callable[[Any, Any], Any],
+    invert: Callable[[Any, Any], Any],
+    precondition: Callable[[Any, Any], Any],
+    *,
+    is_block: Callable[[Any], bool] | None,
+    decay: float,
+    mu: float,
+    statistics_period: int,
+    inverse_period: int,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum, preconditioned block by block.
+
+    Args:
+      observe: (gradients, `sampled_grads` or None) -> what the statistics average.
+      invert: (a block of parameters, its statistics) -> its inverses, of the same shapes.
+      precondition: (a block of the momentum, its inverses) -> the direction.
+      is_block: which nodes of the parameters' tree are blocks; None: the leaves.
+      decay: of the moving averages, whose first ones are a plain mean.
+      mu: the momentum.
+      statistics_period: every how many steps the statistics are updated.
+      inverse_period: every how many steps the inverses are.
+    """
+
+    def init(params: optax.Params) -> KroneckerState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        count = jnp.zeros([], jnp.int32)
+        blocks = jax.tree.map(_zero_statistics, params, is_leaf=is_block)
+        return KroneckerState(count, count, zeros, blocks, blocks)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        sampled_grads: Any = None,
+        warm_start: str | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del params, extra_args
+        t, n = state.count, state.statistics_count
+
+        def absorb(weight: jax.Array) -> Any:
+            new = observe(updates, sampled_grads() if callable(sampled_grads) else sampled_grads)
+            return jax.tree.map(lambda c, x: (1 - weight) * c + weight * x, state.statistics, new)
+
+        def refresh(statistics: Any) -> Any:
+            return jax.tree.map(invert, updates, statistics, is_leaf=is_block)
+
+        if warm_start == "absorb":
+            return updates, state._replace(statistics_count=n + 1, statistics=absorb(1 / (n + 1)))
+        if warm_start == "refresh":
+            return updates, state._replace(inverses=refresh(state.statistics))
+        absorb_now = t % statistics_period == 0
+        refresh_now = (t % inverse_period == 0) | (absorb_now & (t < inverse_period))
+        weight = jnp.maximum(1 - decay, 1 / (n + 1))
+        statistics = lax.cond(absorb_now, lambda: absorb(weight), lambda: state.statistics)
+        inverses = lax.cond(refresh_now, lambda: refresh(statistics), lambda: state.inverses)
+        n = jnp.where(absorb_now, n + 1, n)
+        velocity = jax.tree.map(lambda m, g: mu * m + g, state.momentum, updates)
+        direction = jax.tree.map(precondition, velocity, inverses, is_leaf=is_block)
+        return direction, KroneckerState(jnp.asarray(optax.safe_increment(t)), n, velocity, statistics, inverses)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def inverse_root(matrix: jax.Array, p: int) -> jax.Array:
+    """A^(-1/p) of a symmetric positive definite matrix, by the coupled Newton iteration (Guo & Higham, 2006).
+
+    X_0 = z^(1/p) I, M_0 = z A, T = ((p+1) I - M) / p, X <- X T, M <- T^p M, until M is the identity; the factor z
+    puts the eigenvalues of M_0 below p + 1.
+    """
+    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
+    z = (1 + p) / (2 * jnp.linalg.norm(matrix))
+
+    def iterate(carry: Any) -> Any:
+        count, x, m, _ = carry
+        t = ((p + 1) * eye - m) / p
+        x, m = x @ t, jnp.linalg.matrix_power(t, p) @ m
+        return count + 1, x, m, jnp.max(jnp.abs(m - eye))
+
+    def unfinished(carry: Any) -> jax.Array:
+        return (carry[0] < 100) & (carry[3] > 1e-5)
+
+    start = (jnp.int32(0), z ** (1 / p) * eye, z * matrix, jnp.asarray(jnp.inf, matrix.dtype))
+    return lax.while_loop(unfinished, iterate, start)[1]
+
+
+def _inverse(matrix: jax.Array, damping: jax.Array) -> jax.Array:
+    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix + damping * eye), eye)
+
+
+def _zero_statistics(block: Any) -> Any:
+    if _is_layer(block):
+        n, m = block["kernel"].shape
+        return LayerFactors(jnp.zeros((n + 1, n + 1)), jnp.zeros((m, m)))
+    return [jnp.zeros((d, d)) for d in _view(block).shape]
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, Mapping) and set(node) == {"kernel", "bias"}
+
+
+def _view(w: jax.Array) -> jax.Array:
+    """As TNT: the leading axes of a convolution kernel are one mode, and a scalar is a vector."""
+    return w.reshape(-1, *w.shape[-2:]) if w.ndim >= 4 else jnp.atleast_1d(w)
