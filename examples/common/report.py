@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 COLORS = {
     "TNT": "tab:red",
     "TNT, bounded": "tab:purple",
+    "TNT-EF": "tab:pink",
     "KFAC": "tab:orange",
     "Shampoo": "tab:brown",
     "Adam": "tab:blue",
