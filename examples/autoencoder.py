@@ -33,12 +33,13 @@ class Dataset:
     epochs: int
     predictive: Any
     preset: str
+    trust_radius: float
 
 
 DATASETS = {
-    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), "digits"),
-    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), "published"),
-    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), "published"),
+    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), "digits", 0.1),
+    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), "published", 1.0),
+    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), "published", 1.0),
 }
 
 
@@ -215,13 +216,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", help="of the encoder's layers (default: what fits)")
     parser.add_argument("--statistics-period", type=int, default=1, help="T1")
     parser.add_argument("--inverse-period", type=int, default=20, help="T2")
-    parser.add_argument("--trust-radius", type=float, default=1.0, help='of "TNT, bounded"')
+    parser.add_argument("--trust-radius", type=float, help='of "TNT, bounded" (default: what fits)')
     parser.add_argument("--warm-start", type=int, help="of how many batches (default: of one pass over the data)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for what is written")
     args = parser.parse_args()
     if args.data_dir and args.dataset == "digits":
         parser.error("--data-dir goes with --dataset mnist or faces: the digits come with scikit-learn.")
-    for name in ("widths", "batch_size", "epochs", "preset"):
+    for name in ("widths", "batch_size", "epochs", "preset", "trust_radius"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(DATASETS[args.dataset], name))
     return args

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common import report
-from common.shampoo import shampoo
+from common.baselines import shampoo
 from rich.console import Console
 
 import tnt_optax
