@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo bench test test-all lint clean help
+.PHONY: demo bench paper test test-all lint clean help
 
 help:
 	@echo "make demo   train an autoencoder with TNT, Adam and SGD, and compare them (ARGS=--help for its options)"
 	@echo "make bench  what a step costs, beside other optimizers (ARGS=--help for its options)"
+	@echo "make paper  the paper's experiments in small: autoencoders, Figure 1, classification, Theorem 1, Table 1"
 	@echo "make test   run the tests (make test-all: the long ones too)"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove the environment and what the programs wrote"
@@ -17,6 +18,12 @@ demo: $(VENV)/examples
 
 bench: $(VENV)/bench
 	$(BIN)/python examples/bench.py $(ARGS)
+
+paper: $(VENV)/examples
+	$(BIN)/python examples/autoencoder.py --seeds 3
+	$(BIN)/python examples/fisher_cosine.py
+	$(BIN)/python examples/convergence.py
+	$(BIN)/python examples/complexity.py
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto $(ARGS)
