@@ -65,9 +65,9 @@ class _Block(nnx.Module):
         self.stride = 1 if channels == out_channels else 2
         self.padding = out_channels - channels
         self.conv1 = _convolution(channels, out_channels, self.stride, plain, rngs)
-        self.norm1 = nnx.BatchNorm(out_channels, rngs=rngs)
+        self.norm1 = _batch_norm(out_channels, rngs)
         self.conv2 = _convolution(out_channels, out_channels, 1, plain, rngs)
-        self.norm2 = nnx.BatchNorm(out_channels, rngs=rngs)
+        self.norm2 = _batch_norm(out_channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.activation(self.norm1(self.conv1(x)))
@@ -77,21 +77,23 @@ class _Block(nnx.Module):
 
 
 class ResNet32(nnx.Module):
-    """The residual network of the paper's Section 6, for images of 32x32: three stages of five blocks.
+    """The residual network of the paper's Section 6.2, for images of 32x32: three stages of five blocks.
 
     Args:
       classes: how many.
+      channels: of the first stage; the next two have twice and four times as many.
+      blocks: in a stage; fewer of them make a smaller network.
       plain: without rules for derivatives, which some libraries can't trace.
-      rngs: of the initial parameters.
+      rngs: of the initial weights, which are Kaiming normal (He et al., 2015); the output's bias is zero.
     """
 
-    def __init__(self, classes: int = 10, *, plain: bool = False, rngs: nnx.Rngs):
+    def __init__(self, classes: int = 10, *, channels: int = 16, blocks: int = 5, plain: bool = False, rngs: nnx.Rngs):
         self.activation = _relu(plain)
-        self.conv = _convolution(3, 16, 1, plain, rngs)
-        self.norm = nnx.BatchNorm(16, rngs=rngs)
-        channels = [16, *(width for width in (16, 32, 64) for _ in range(5))]
-        self.blocks = nnx.List(_Block(n, m, plain, rngs=rngs) for n, m in itertools.pairwise(channels))
-        self.out = nnx.Linear(64, classes, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+        self.conv = _convolution(3, channels, 1, plain, rngs)
+        self.norm = _batch_norm(channels, rngs)
+        widths = [channels, *(width * channels for width in (1, 2, 4) for _ in range(blocks))]
+        self.blocks = nnx.List(_Block(n, m, plain, rngs=rngs) for n, m in itertools.pairwise(widths))
+        self.out = nnx.Linear(widths[-1], classes, kernel_init=_KAIMING_NORMAL, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.activation(self.norm(self.conv(images)))
@@ -100,7 +102,64 @@ class ResNet32(nnx.Module):
         return self.out(jnp.mean(x, axis=(1, 2)))
 
 
-def _convolution(channels: int, out_channels: int, stride: int, plain: bool, rngs: nnx.Rngs) -> nnx.Conv:
+class VGG16(nnx.Module):
+    """The network of the paper's Section 6.2 for CIFAR-100, for images of 32x32: VGG16 with BatchNorm, no dropout.
+
+    Args:
+      classes: how many.
+      width_divisor: makes all 15 hidden layers so many times narrower.
+      rngs: of the initial weights. Those of a convolution are N(0, 2 / (9 out_channels)), as in the paper's code; those
+        of a linear layer are uniform in +-1/sqrt(fan_in). Biases are zero.
+    """
+
+    def __init__(self, classes: int = 100, *, width_divisor: int = 1, rngs: nnx.Rngs):
+        stages = [[width // width_divisor] * depth for width, depth in _VGG16_STAGES]
+        widths = [3, *itertools.chain(*stages)]
+        # The image is halved after every stage.
+        self.ends = [end - 1 for end in itertools.accumulate(map(len, stages))]
+        self.convs = nnx.List(
+            _convolution(n, m, 1, False, rngs, use_bias=True, kernel_init=_FAN_OUT_NORMAL)
+            for n, m in itertools.pairwise(widths)
+        )
+        self.norms = nnx.List(_batch_norm(width, rngs) for width in widths[1:])
+        hidden = 4096 // width_divisor
+        self.layers = nnx.List(
+            nnx.Linear(n, m, kernel_init=_uniform(n), rngs=rngs)
+            for n, m in itertools.pairwise([widths[-1], hidden, hidden, classes])
+        )
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = jax.nn.relu(norm(conv(x)))
+            if index in self.ends:
+                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(len(x), -1)  # One pixel is left.
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+_VGG16_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width, number of convolutions
+_KAIMING_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+_FAN_OUT_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    # The averages for evaluation forget as fast as PyTorch's, which the paper used.
+    return nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+
+
+def _convolution(
+    channels: int,
+    out_channels: int,
+    stride: int,
+    plain: bool,
+    rngs: nnx.Rngs,
+    *,
+    use_bias: bool = False,
+    kernel_init: nnx.Initializer = _KAIMING_NORMAL,
+) -> nnx.Conv:
     def convolve(x: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__: Any) -> jax.Array:
         return _convolve(x, kernel, strides[0], 1)
 
@@ -110,8 +169,8 @@ def _convolution(channels: int, out_channels: int, stride: int, plain: bool, rng
         (3, 3),
         stride,
         padding=1,
-        use_bias=False,
-        kernel_init=nnx.initializers.he_normal(),
+        use_bias=use_bias,
+        kernel_init=kernel_init,
         conv_general_dilated=lax.conv_general_dilated if plain else convolve,
         rngs=rngs,
     )
