@@ -25,6 +25,7 @@ from common.models import VGG16, ResNet32
 from common.shampoo import shampoo
 from flax import nnx
 from jax import lax
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 
 import tnt_optax
@@ -72,13 +73,6 @@ PRESETS = {
     "cifar10": Preset("resnet32", blocks=5, channels=16, epochs=(200, 100), warm_start_batches=None),
     "cifar100": Preset("vgg16", blocks=5, channels=16, epochs=(200, 100), warm_start_batches=None),
 }
-
-
-def learning_rate_schedule(initial: float, first_order: bool, epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """A tenth every 60 of 200 epochs for first-order methods, every 40 of 100 for others; in proportion for less."""
-    share = 60 / 200 if first_order else 40 / 100
-    drops = [k * share for k in range(1, math.ceil(1 / share))]
-    return optax.piecewise_constant_schedule(initial, {round(drop * epochs * steps_per_epoch): 0.1 for drop in drops})
 
 
 def make_optimizer(
@@ -238,7 +232,7 @@ class Trainer:
         return grads if self.empirical else sampled_grads()
 
     def evaluate(self, state: State, data: Data) -> jax.Array:
-        """Mean loss and share of errors, in batches, with BatchNorm's running averages."""
+        """Sum of the losses and number of errors, in batches, with BatchNorm's running averages."""
         number = len(data[0])
         size = min(EVALUATION_BATCH, number)
         places = jnp.arange(-(-number // size) * size).reshape(-1, size)
@@ -251,7 +245,7 @@ class Trainer:
             wrong = jnp.argmax(logits, axis=-1) != labels
             return total + jnp.stack([jnp.where(valid, losses, 0).sum(), jnp.where(valid, wrong, 0.0).sum()]), None
 
-        return lax.scan(add, jnp.zeros(2), places)[0] / number
+        return lax.scan(add, jnp.zeros(2), places)[0]
 
     def warm_start(self, state: State, seed: int, number: int) -> State:
         """TNT's statistics from so many batches at the initial parameters; those after an epoch are of the next."""
@@ -280,8 +274,8 @@ class Trainer:
             state, losses = self.compiled(state, self.train, jax.random.fold_in(key, number))
             train_loss = float(np.mean(losses))  # Waits for them.
             seconds += time.perf_counter() - start
-            test_loss, test_error = map(float, self.jitted_evaluate(state, self.test))
-            yield Epoch(train_loss, test_loss, test_error, seconds)
+            test_loss, errors = map(float, self.jitted_evaluate(state, self.test))
+            yield Epoch(train_loss, test_loss / len(self.test[0]), errors / len(self.test[0]), seconds)
             if not math.isfinite(train_loss):
                 return
 
@@ -351,10 +345,6 @@ def main() -> None:
 
 
 def make_trainer(args: argparse.Namespace, name: str, train: Data, test: Data, classes: int) -> Trainer:
-    settings = settings_of(args, name)
-    steps = len(train[0]) // args.batch_size
-    schedule = learning_rate_schedule(settings.learning_rate, name in FIRST_ORDER, number_of_epochs(args, name), steps)
-
     def make_model(seed: int) -> nnx.Module:
         if args.model == "vgg16":
             return VGG16(classes, width_divisor=args.width_divisor, rngs=nnx.Rngs(seed))
@@ -362,7 +352,7 @@ def make_trainer(args: argparse.Namespace, name: str, train: Data, test: Data, c
 
     return Trainer(
         make_model,
-        make_optimizer(name, settings, schedule),
+        make_optimizer(name, settings_of(args, name), schedule_of(args, name, len(train[0]) // args.batch_size)),
         train,
         test,
         batch_size=args.batch_size,
@@ -375,6 +365,14 @@ def settings_of(args: argparse.Namespace, name: str) -> Settings:
     """The table's, or what the arguments say instead."""
     given = {key: getattr(args, key) for key in ("learning_rate", "weight_decay", "damping")}
     return dataclasses.replace(SETTINGS[name], **{key: value for key, value in given.items() if value is not None})
+
+
+def schedule_of(args: argparse.Namespace, name: str, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate, a tenth after every so many epochs."""
+    every = args.drop_every or (60 if name in FIRST_ORDER else 40)
+    drops = range(every, number_of_epochs(args, name), every)
+    initial = settings_of(args, name).learning_rate
+    return optax.piecewise_constant_schedule(initial, {epoch * steps_per_epoch: 0.1 for epoch in drops})
 
 
 def number_of_epochs(args: argparse.Namespace, name: str) -> int:
@@ -414,6 +412,9 @@ def plot(path: Path, title: str, runs: Sequence[Mapping[str, Any]]) -> None:
                 axis.grid(visible=True, alpha=0.3)
     axes[0, 0].set(yscale="log", ylabel="training loss, nats")
     axes[1, 0].set(yscale="log", ylabel="test error, %", xlabel="epoch")
+    for axis in axes[:, 0]:
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter())
     axes[1, 1].set(xlabel="seconds")
     axes[0, 1].legend()
     figure.suptitle(title)
@@ -464,7 +465,13 @@ def parse_args() -> argparse.Namespace:
         "--epochs",
         type=int,
         help="passes over the training images (default: as in the paper 200 for SGD-m and Adam and 100 for the others; "
-        "10 for digits); the learning rate drops to a tenth after every 3/10, or for the others 4/10, of them",
+        "10 for digits)",
+    )
+    parser.add_argument(
+        "--drop-every",
+        type=int,
+        help="after so many epochs the learning rate drops to a tenth (default: as in the paper 60 for SGD-m and Adam, "
+        "40 for the others)",
     )
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument("--seeds", type=int, default=1, help="how many, counted from 0")
@@ -490,7 +497,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} goes with one of the --optimizers.")
     if args.damping is not None and args.optimizers == ["SGD-m"]:
         parser.error("--damping: SGD-m has none.")
-    for name in ("epochs", "batch_size", "seeds", "examples", "blocks", "channels", "width_divisor"):
+    for name in ("epochs", "drop_every", "batch_size", "seeds", "examples", "blocks", "channels", "width_divisor"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1.")
     for name in ("model", "blocks", "channels", "warm_start_batches"):
