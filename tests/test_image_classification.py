@@ -376,7 +376,7 @@ def test_an_epoch_is_its_steps_one_by_one():
     for indices, subkey in zip(*trainer.batches(trainer.train, key), strict=True):
         expected, loss = step(expected, trainer.train, indices, subkey)
         losses.append(loss)
-    start = jax.tree.map(np.array, state.params)  # Copies, because it is donated.
+    start, averages = jax.tree.map(np.array, state[:2])  # Copies, because it is donated.
     result, of_scan = trainer.jitted_epoch(state, trainer.train, key)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.opt_state))  # Its memory is used again.
     # Two compilations of one step round differently, and twelve steps with inverses of condition 1e2 enlarge it.
@@ -385,6 +385,8 @@ def test_an_epoch_is_its_steps_one_by_one():
     for name in ("params", "averages"):
         for x, y in zip(*(jax.tree.leaves(getattr(each, name)) for each in (result, expected)), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-2 * moved)
+    for before, after in zip(*map(jax.tree.leaves, (averages, result.averages)), strict=True):
+        assert (before != after).all()
     tnt = result.opt_state[0]
     assert int(tnt.count) == 12
     assert int(tnt.statistics_count) == 2 + 2  # The warm start's, and those of steps 0 and 10.
