@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common import cifar, report
+from common.baselines import shampoo
 from common.models import VGG16, ResNet32
-from common.shampoo import shampoo
 from flax import nnx
 from jax import lax
 from matplotlib.ticker import LogFormatter
