@@ -62,11 +62,8 @@ def shampoo(
             direction = jnp.tensordot(direction, matrix, axes=(0, 0))
         return direction.reshape(m.shape)
 
-    def observe(grads: Any, sampled: Any) -> Any:
-        return jax.tree.map(contractions, grads if sampled is None else sampled)
-
     scale = _scale_by_kronecker(
-        observe,
+        lambda grads, sampled: jax.tree.map(contractions, grads),
         roots,
         precondition,
         is_block=None,
@@ -193,14 +190,14 @@ def warm_start(
 
     @functools.partial(jax.jit, static_argnames="stage")
     def advance(opt_state: Any, observation: Any, stage: str) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        _, new = tx.update(zeros, opt_state, params, sampled_grads=observation, warm_start=stage)
+        # KFAC takes the one, Shampoo the other.
+        _, new = tx.update(observation, opt_state, params, sampled_grads=observation, warm_start=stage)
         # Whatever else counts steps has not seen one.
         return jax.tree.map(lambda o, n: n if is_ours(o) else o, opt_state, new, is_leaf=is_ours)
 
     for observation in observations:
         opt_state = advance(opt_state, observation, "absorb")
-    return advance(opt_state, None, "refresh")
+    return advance(opt_state, params, "refresh")
 
 
 def _scale_by_kronecker(
@@ -217,7 +214,7 @@ def _scale_by_kronecker(
     """Momentum, preconditioned block by block.
 
     Args:
-      observe: (gradients, `sampled_grads` or None) -> what the statistics average.
+      observe: (gradients, `sampled_grads`) -> what the statistics average.
       invert: (a block of parameters, its statistics) -> its inverses, of the same shapes.
       precondition: (a block of the momentum, its inverses) -> the direction.
       is_block: which nodes of the parameters' tree are blocks; None: the leaves.
