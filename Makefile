@@ -22,6 +22,7 @@ bench: $(VENV)/bench
 paper: $(VENV)/examples
 	$(BIN)/python examples/autoencoder.py --seeds 3
 	$(BIN)/python examples/fisher_cosine.py
+	$(BIN)/python examples/image_classification.py
 	$(BIN)/python examples/convergence.py
 	$(BIN)/python examples/complexity.py
 

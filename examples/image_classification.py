@@ -54,7 +54,6 @@ SETTINGS = {
     "Shampoo": Settings(0.01, 0.1, 0.01),
 }
 FIRST_ORDER = ("SGD-m", "Adam")
-COLORS = {**report.COLORS, "TNT-EF": "tab:orange", "Shampoo": "tab:purple"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,8 +406,8 @@ def plot(path: Path, title: str, runs: Sequence[Mapping[str, Any]]) -> None:
             values = factor * over_seeds(runs, name, field)
             mean, deviation = values.mean(axis=0), values.std(axis=0)
             for axis, x in zip(row, (np.arange(1, len(seconds) + 1), seconds), strict=True):
-                axis.plot(x, mean, color=COLORS[name], label=name)
-                axis.fill_between(x, mean - deviation, mean + deviation, color=COLORS[name], alpha=0.2, linewidth=0)
+                axis.plot(x, mean, color=report.COLORS[name], label=name)
+                axis.fill_between(x, mean - deviation, mean + deviation, color=report.COLORS[name], alpha=0.2, linewidth=0)
                 axis.grid(visible=True, alpha=0.3)
     axes[0, 0].set(yscale="log", ylabel="training loss, nats")
     axes[1, 0].set(yscale="log", ylabel="test error, %", xlabel="epoch")

@@ -81,7 +81,7 @@ def test_fraction(tmp_path):
 
 def test_autoencoder(tmp_path):
     names = ("TNT", "TNT, bounded", "KFAC", "Shampoo", "Adam", "SGD-m")
-    small = ("--widths", 8, 4, "--seeds", 2, "--batch-size", 400, "--inverse-period", 2, "--out", tmp_path)
+    small = ("--widths", 8, 4, "--batch-size", 400, "--inverse-period", 2, "--out", tmp_path)
     result = program("autoencoder", *small, "--epochs", 1, "--grid", 1, 3, "--tuning-epochs", 1)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "autoencoder_digits.json").read_text())
@@ -91,7 +91,7 @@ def test_autoencoder(tmp_path):
         assert written["settings"][name]["learning_rate"] == trials[0]["learning_rate"]
         assert trials[0]["loss"] == min(trial["loss"] for trial in trials)
     rows = (tmp_path / "autoencoder_digits.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(names) * 2 * 2  # Seeds, and losses before and after the epoch.
+    assert len(rows) == 1 + len(names) * 2  # Losses before and after the epoch.
     assert (tmp_path / "autoencoder_digits.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -133,3 +133,18 @@ def test_one_gradient_instead_of_many(not_many):
     tx, params = tnt(0.1), trees(0, 1)[0]
     with pytest.raises(TypeError, match="sampled_grads: expected an iterable"):
         warm_start(tx, tx.init(params), params, not_many)
+
+
+def test_another_start_of_the_same_optimizer_compiles_nothing():
+    inner = tnt(0.1, damping=0.2)
+    traced = []
+
+    def update(updates, state, params=None, **extra_args):
+        traced.append(1)
+        return inner.update(updates, state, params, **extra_args)
+
+    tx = optax.GradientTransformationExtraArgs(inner.init, update)
+    for seed in (1, 2):
+        params = trees(seed, 1)[0]
+        warm_start(tx, tx.init(params), params, trees(seed, 3))
+        assert len(traced) == 2  # To absorb, and to refresh.

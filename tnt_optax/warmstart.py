@@ -59,22 +59,16 @@ def warm_start(
             f"{type(tx).__name__}. {_WARM_START_INSIDE}"
         )
 
-    @functools.partial(jax.jit, static_argnames="stage")
-    def advance(opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: WarmStart) -> optax.OptState:
-        _, new = tx.update(optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage)
-        # Only the TNTStates: whatever else counts steps (schedules, say) has not seen one.
-        return jax.tree.map(lambda o, n: n if _is_tnt_state(o) else o, opt_state, new, is_leaf=_is_tnt_state)
-
     empty = True
     for gradient in sampled_grads:
         empty = False
         # A Partial is a pytree, and so compiled with the rest; another function has to be called first.
         if checks.is_function(gradient) and not isinstance(gradient, Partial):
             gradient = gradient()
-        opt_state = advance(opt_state, params, gradient, "absorb")
+        opt_state = _advance(tx, opt_state, params, gradient, "absorb")
     if empty:
         raise ValueError("sampled_grads: expected at least one sampled gradient, got an empty iterable.")
-    opt_state = advance(opt_state, params, None, "refresh")
+    opt_state = _advance(tx, opt_state, params, None, "refresh")
 
     for old, new in zip(before, _tnt_states(opt_state), strict=True):
         traced = isinstance(new.statistics_count, jax.core.Tracer)
@@ -84,6 +78,14 @@ def warm_start(
                 f"Either none of them was finite, or a wrapper did not hand them on. {_WARM_START_INSIDE}"
             )
     return opt_state
+
+
+# Not inside of `warm_start`, so that another start of the same optimizer, from another seed, compiles nothing.
+@functools.partial(jax.jit, static_argnames=("tx", "stage"))
+def _advance(tx: Any, opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: WarmStart) -> Any:
+    _, new = tx.update(optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage)
+    # Only the TNTStates: whatever else counts steps (schedules, say) has not seen one.
+    return jax.tree.map(lambda o, n: n if _is_tnt_state(o) else o, opt_state, new, is_leaf=_is_tnt_state)
 
 
 _WARM_START_INSIDE = (

@@ -139,23 +139,25 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def plot_bench(path: Path, result: Mapping[str, Any]) -> None:
     """Bars of each optimizer's step for every model, and the growth with width and depth where it was measured."""
-    models = result["models"]
-    panels = len(models) + (2 if "growth" in result else 0)
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained", squeeze=False)
-    for axis, (name, entry) in zip(axes[0], models.items(), strict=False):
+    models, growth = result["models"], result.get("growth", {})
+    figure = plt.figure(figsize=(5 * max(len(models), len(growth)), 8 if growth else 4), layout="constrained")
+    upper, *lower = figure.subfigures(2 if growth else 1, 1, squeeze=False).ravel()
+    for axis, (name, entry) in zip(upper.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         rows = [row for row in entry["race"] if "ratio" in row][::-1]
         colors = ["tab:red" if row["optimizer"].startswith("TNT") else "tab:gray" for row in rows]
         bars = axis.barh([row["optimizer"] for row in rows], [row["ratio"] for row in rows], color=colors)
         axis.bar_label(bars, fmt="%.2f", padding=2)
         axis.set(title=f"{name}, batch {entry['batch']}", xlabel="step / step of SGD-m")
         axis.margins(x=0.2)
-    if "growth" in result:
-        for axis, (name, rows) in zip(axes[0, len(models) :], result["growth"].items(), strict=True):
+    for below in lower:
+        for axis, (name, rows) in zip(below.subplots(1, len(growth)), growth.items(), strict=True):
             x = [row[name] for row in rows]
             lines = {"TNT": "tnt_ms", "TNT, refreshing": "tnt_refresh_ms", "Adam": "adam_ms"}
             for (label, key), style in zip(lines.items(), ("-", "--", "-"), strict=True):
                 axis.loglog(x, [row[key] for row in rows], style, color=COLORS[label.partition(",")[0]], label=label)
             axis.set(title=f"an update alone, by {name}", xlabel=name, ylabel="ms")
+            axis.set_xticks(x, [str(value) for value in x])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend()
     figure.savefig(path, dpi=120)
