@@ -407,7 +407,9 @@ def plot(path: Path, title: str, runs: Sequence[Mapping[str, Any]]) -> None:
             mean, deviation = values.mean(axis=0), values.std(axis=0)
             for axis, x in zip(row, (np.arange(1, len(seconds) + 1), seconds), strict=True):
                 axis.plot(x, mean, color=report.COLORS[name], label=name)
-                axis.fill_between(x, mean - deviation, mean + deviation, color=report.COLORS[name], alpha=0.2, linewidth=0)
+                axis.fill_between(
+                    x, mean - deviation, mean + deviation, color=report.COLORS[name], alpha=0.2, linewidth=0
+                )
                 axis.grid(visible=True, alpha=0.3)
     axes[0, 0].set(yscale="log", ylabel="training loss, nats")
     axes[1, 0].set(yscale="log", ylabel="test error, %", xlabel="epoch")

@@ -34,6 +34,18 @@ def test_inverse_root(p, scale):
     )
 
 
+def test_inverse_root_of_an_ill_conditioned_matrix():
+    # One large eigenvalue beside many tiny ones, as the statistics of a few gradients with a small damping have.
+    rng = np.random.default_rng(0)
+    vectors, _ = np.linalg.qr(rng.normal(size=(40, 40)))
+    matrix = (vectors * np.where(np.arange(40) < 2, 1e3, 1e-5)) @ vectors.T
+    ours = np.asarray(inverse_root(jnp.asarray(matrix, jnp.float32), 4), float)
+    assert np.all(np.isfinite(ours))
+    # No better than that in float32; without the stop the iteration ends in NaN or with huge elements.
+    largest = np.linalg.norm(ours, 2)
+    assert largest < 10 * (1e-5) ** -0.25
+
+
 def test_steps_against_numpy():
     rng = np.random.default_rng(1)
     gradients = [rng.normal(size=(4, 3)) for _ in range(5)]
