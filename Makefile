@@ -20,7 +20,7 @@ bench: $(VENV)/bench
 	$(BIN)/python examples/bench.py $(ARGS)
 
 paper: $(VENV)/examples
-	$(BIN)/python examples/autoencoder.py --seeds 3
+	$(BIN)/python examples/autoencoder.py --grid 0.1 1 10 --seeds 3
 	$(BIN)/python examples/fisher_cosine.py
 	$(BIN)/python examples/image_classification.py
 	$(BIN)/python examples/convergence.py

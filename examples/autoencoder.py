@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import data, report
-from common.methods import PRESETS, methods
+from common.methods import PUBLISHED, methods
 from common.problems import autoencoder_problem
 from common.training import Curve
 from rich.console import Console
@@ -32,14 +32,13 @@ class Dataset:
     batch_size: int
     epochs: int
     predictive: Any
-    preset: str
     trust_radius: float
 
 
 DATASETS = {
-    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), "digits", 0.1),
-    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), "published", 1.0),
-    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), "published", 1.0),
+    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), 0.1),
+    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), 1.0),
+    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), 1.0),
 }
 
 
@@ -54,7 +53,7 @@ def main() -> None:
         statistics_period=args.statistics_period, inverse_period=args.inverse_period, trust_radius=args.trust_radius
     )
     predictive = DATASETS[args.dataset].predictive
-    settings = {name: dict(PRESETS[args.preset][name]) for name in args.optimizers}
+    settings = {name: dict(PUBLISHED[name]) for name in args.optimizers}
     tuning: dict[str, list[dict[str, float]]] = {}
     curves: dict[str, list[Curve]] = {name: [] for name in args.optimizers}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -197,16 +196,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--optimizers", nargs="+", choices=every, default=every)
     parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        help="settings: the authors' for MNIST, or those found for the digits with --grid (default: what fits)",
-    )
-    parser.add_argument(
         "--grid",
         type=float,
         nargs="+",
         metavar="FACTOR",
-        help="search the learning rate and the damping of every optimizer: those of the preset times these factors",
+        help="search the learning rate and the damping of every optimizer: the published ones times these factors",
     )
     parser.add_argument("--tuning-epochs", type=int, default=5, help="of each point of the grid")
     parser.add_argument("--seeds", type=int, default=1, help="how many, counted from 0")
@@ -222,7 +216,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.data_dir and args.dataset == "digits":
         parser.error("--data-dir goes with --dataset mnist or faces: the digits come with scikit-learn.")
-    for name in ("widths", "batch_size", "epochs", "preset", "trust_radius"):
+    for name in ("widths", "batch_size", "epochs", "trust_radius"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(DATASETS[args.dataset], name))
     return args

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -52,16 +53,40 @@ def test_the_stability_page_has_the_numbers_of_its_program():
         assert f"{diverged} of 10" in page
 
 
-def test_the_performance_page_has_the_numbers_of_its_program():
+def test_the_performance_page_has_the_numbers_of_its_programs():
     page = (ROOT / "docs/performance.md").read_text()
-    written = json.loads((ROOT / "docs/bench_autoencoder.json").read_text())
-    entry = written["models"]["autoencoder"]
-    for row in entry["race"]:
-        if "error" not in row:
-            name, ratios = re.escape(row["optimizer"]), f"{row['ratio']:.2f} | {row['median_ratio']:.2f}"
-            assert re.search(rf"\| \W*{name}\W* \| {re.escape(ratios)} \|", page)
-    for part in entry["parts"]:
-        assert f"| {part['part']} | {part['ms']:.0f} | {part['floor_ms']:.0f} |" in page
+    bench, transformer, fraction = (
+        json.loads((ROOT / f"docs/{name}.json").read_text())
+        for name in ("bench", "bench_transformer", "fraction_digits")
+    )
+    models = {**bench["models"], **transformer["models"]}
+    for row in (row for entry in models.values() for row in entry["race"] if "error" not in row):
+        numbers = f"{row['median_ms']:.1f} | {row['ratio']:.2f} | {row['median_ratio']:.2f}"
+        assert re.search(rf"\| \W*{re.escape(row['optimizer'])}\W* \| {re.escape(numbers)} \|", page)
+    for parts in zip(*(entry["parts"] for entry in models.values()), strict=True):
+        cells = " | ".join(f"{part['ms']:.0f} | {part['floor_ms']:.0f}" for part in parts)
+        assert f"| {parts[0]['part']} | {cells} |" in page
+    for share, curves in fraction["curves"].items():
+        losses = " | ".join(
+            f"{np.mean([curve['train_loss'][epoch] for curve in curves]):.2f}" for epoch in (10, 20, 40)
+        )
+        assert f"| {share} of the batch | {losses} |" in page
+    for name in ("width", "depth"):
+        for row in bench["growth"][name]:
+            assert f"| {row[name]} | {row['adam_ms']:.1f} | {row['tnt_ms']:.1f} | {row['tnt_refresh_ms']:.1f} |" in page
+
+
+def test_the_page_of_the_paper_has_the_numbers_of_its_programs():
+    page = (ROOT / "docs/paper.md").read_text()
+    mnist = json.loads((ROOT / "docs/autoencoder_mnist.json").read_text())
+    for name, (curve, *_) in mnist["curves"].items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        for epoch in (1, 5, 10, 20):
+            assert curve["train_loss"][-1] is None or f"{curve['train_loss'][epoch]:.1f}" in line
+    cosines = json.loads((ROOT / "docs/fisher_cosine_mnist.json").read_text())["cosines"]
+    for name, values in cosines.items():
+        cells = " | ".join(f"{value:.2f}" for value in np.mean(values, axis=0))
+        assert f"| {name} | {cells} |" in page
 
 
 def test_links_lead_somewhere():
