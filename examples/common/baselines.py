@@ -226,9 +226,15 @@ def _scale_by_kronecker(
 
     def init(params: optax.Params) -> KroneckerState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        count = jnp.zeros([], jnp.int32)
-        blocks = jax.tree.map(_zero_statistics, params, is_leaf=is_block)
-        return KroneckerState(count, count, zeros, blocks, blocks)
+
+        # Arrays of their own, so that all can be donated.
+        def count() -> jax.Array:
+            return jnp.zeros([], jnp.int32)
+
+        def blocks() -> Any:
+            return jax.tree.map(_zero_statistics, params, is_leaf=is_block)
+
+        return KroneckerState(count(), count(), zeros, blocks(), blocks())
 
     def update(
         updates: Any,
