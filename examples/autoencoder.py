@@ -96,7 +96,7 @@ def main() -> None:
                     )
                 )
                 write(stem, args, settings, tuning, curves)
-    report.plot_curves(stem.with_suffix(".png"), title, {k: v for k, v in curves.items() if v}, log=True)
+    report.plot_curves(stem.with_suffix(".png"), title, curves, log=True)
     print_results(console, args, settings, curves)
     console.print(f"Wrote {os.path.relpath(stem)}.json, .csv and .png.")
 
@@ -156,7 +156,7 @@ def print_results(
         rows.append(
             [
                 name,
-                *(f"{settings[name].get(key, math.nan):g}".replace("nan", "") for key in ("learning_rate", "damping")),
+                *(f"{settings[name][key]:g}" if key in settings[name] else "" for key in ("learning_rate", "damping")),
                 *(median([c.train_loss[epoch] for c in last if epoch < len(c.train_loss)]) for epoch in epochs),
                 median([c.test_loss[-1] for c in last]),
                 median([c.seconds[-1] for c in last]),

@@ -20,7 +20,10 @@ import tnt_optax
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is trained: outputs = forward(params, inputs), a distribution of the targets, and the data."""
+    """What is trained: outputs = forward(params, inputs), a distribution of the targets, and the data.
+
+    For KFAC `forward` also takes a third argument, see `baselines.value_and_layer_factors`.
+    """
 
     name: str
     forward: Callable[[Any, jax.Array], jax.Array]
