@@ -109,6 +109,14 @@ def test_autoencoder_goes_on_where_it_was(tmp_path):
     assert interrupted["warm_start_seconds"] > 0
 
 
+def test_autoencoder_within_a_budget(tmp_path):
+    small = ("--widths", 8, 4, "--batch-size", 400, "--optimizers", "SGD-m", "--out", tmp_path)
+    result = program("autoencoder", *small, "--epochs", 2, "--seconds", 1e-9)  # Spent after the first epoch.
+    assert result.returncode == 0, result.stderr
+    (curve,) = json.loads((tmp_path / "autoencoder_digits.json").read_text())["curves"]["SGD-m"]
+    assert len(curve["train_loss"]) == 2
+
+
 def test_bench(tmp_path):
     peers = ["Adam", "Muon", "TNT (10, 100)", "TNT (1, 20), 20 parts", "TNT-EF (1, 20)", "Shampoo (1, 20)"]
     options = ("--models", "autoencoder", "--steps", 2, "--rounds", 1, "--widths", 16, "--depths", 2, "--skip", *peers)
