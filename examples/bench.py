@@ -130,7 +130,7 @@ def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     state: Any = tnt_optax.scale_by_tnt().init(leaves)
     statistics = jax.jit(
         lambda gradients: [
-            factors.average_contractions(g, v, c, jnp.float32(0.1))
+            factors.average_contractions(v, g, c, jnp.float32(0.1))
             for g, v, c in zip(gradients, views, state.contractions, strict=True)
         ]
     )

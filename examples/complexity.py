@@ -109,7 +109,7 @@ def parts(case: Case) -> dict[str, float]:
     matrices = tuple(_array((d, d)) for d in case.dims())
 
     def statistics(gradient: jax.Array, averages: Any, weight: jax.Array) -> Any:
-        return factors.average_contractions(gradient, view, averages, weight)
+        return factors.average_contractions(view, gradient, averages, weight)
 
     def precondition(momentum: jax.Array, inverses: Any) -> jax.Array:
         return factors.precondition(view, momentum, inverses)

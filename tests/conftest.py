@@ -1,4 +1,4 @@
-"""Settings for all tests: strict dtype promotion, and one cache of compiled programs for all processes."""
+"""Settings for all tests: strict dtype promotion, eight virtual devices, and one cache of compiled programs."""
 
 import os
 from pathlib import Path
@@ -11,6 +11,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # What is not told to use them all stays on the first.
 
 
 @pytest.fixture(autouse=True)

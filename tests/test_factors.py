@@ -131,14 +131,14 @@ def test_stacked_tensors_equal_separate_ones():
     modes, single = Modes(((2,), (0,)), batch=(3, 1)), default_modes((2, 4))
     zeros = tuple(jnp.zeros((5, 3, d, d)) for d in (2, 4))
     weight, eps = jnp.float32(0.3), jnp.float32(0.1)
-    contractions = factors.average_contractions(stack, modes, zeros, weight)
+    contractions = factors.average_contractions(modes, stack, zeros, weight)
     ((inverses,), finite) = factors.damped_inverses([modes], [contractions], eps)
     assert finite
     direction = factors.precondition(modes, stack, inverses)
     for i in range(5):
         for j in range(3):
             one = stack[:, j, :, i].T
-            c = factors.average_contractions(one, single, tuple(z[0, 0] for z in zeros), weight)
+            c = factors.average_contractions(single, one, tuple(z[0, 0] for z in zeros), weight)
             ((p,), _) = factors.damped_inverses([single], [c], eps)
             expected = factors.precondition(single, one, p)
             slices = jax.tree.map(lambda x, at=(i, j): x[at], (contractions, inverses))

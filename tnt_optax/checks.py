@@ -44,6 +44,13 @@ def check_period(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an integer >= 1, got an array of {value.dtype}.")
 
 
+def check_axis_names(name: str, value: Any) -> None:
+    """None, the name of a mesh axis, or a tuple of names."""
+    names = value if isinstance(value, tuple) and value else (value,)
+    if value is not None and not all(isinstance(axis, str) for axis in names):
+        raise TypeError(f"{name}: expected None, the name of a mesh axis, or a tuple of such names, got {value!r}.")
+
+
 def _is_number(name: str, value: Any) -> bool:
     if isinstance(value, jax.Array | np.ndarray):
         if value.ndim:

@@ -16,12 +16,13 @@ from jax import lax
 
 from tnt_optax.inversion import inverse
 from tnt_optax.modes import Modes, from_tensor, to_tensor
+from tnt_optax.sharding import AxisNames, over_devices
 
 _HIGHEST = lax.Precision.HIGHEST  # These products feed an inverse, or are scaled by 1/damping.
 
 
 def average_contractions(
-    gradient: jax.Array, view: Modes, contractions: tuple[jax.Array, ...], weight: jax.Array
+    view: Modes, gradient: jax.Array, contractions: tuple[jax.Array, ...], weight: jax.Array
 ) -> tuple[jax.Array, ...]:
     """C_i <- (1-w) C_i + w G^(i), for every mode i: the moving average that estimates E[G^(i)]."""
 
@@ -37,37 +38,45 @@ def average_contractions(
 
 
 def damped_inverses(
-    views: Sequence[Modes], contractions: Sequence[tuple[jax.Array, ...]], damping: jax.Array
+    views: Sequence[Modes],
+    contractions: Sequence[tuple[jax.Array, ...]],
+    damping: jax.Array,
+    axis: AxisNames | None = None,
 ) -> tuple[list[tuple[jax.Array, ...]], jax.Array]:
     """P_i = (U_i + eps I)^-1, for every mode i of all parameters; and whether all of them are finite.
 
     Modes of one length go through one program together, so that a model of many equal layers compiles as fast as one
-    of few, and an accelerator inverts them side by side.
+    of few, and an accelerator inverts them side by side. The devices of the mesh axis `axis` divide them among them.
     """
     groups: dict[tuple[tuple[int, ...], Any], list[tuple[int, int]]] = {}
     for index, (view, matrices) in enumerate(zip(views, contractions, strict=True)):
         for mode, matrix in enumerate(matrices):
             groups.setdefault((matrix.shape[len(view.batch) :], matrix.dtype), []).append((index, mode))
-    inverses, finite = [list(matrices) for matrices in contractions], jnp.bool_(True)
-    for (shape, dtype), members in groups.items():
-        stacks, orders, sizes = [], [], []
+
+    def stack(members: list[tuple[int, int]], shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
+        matrices, orders, sizes = [], [], []
         for index, mode in members:
             matrix, dims = contractions[index][mode], [matrix.shape[-1] for matrix in contractions[index]]
             count = math.prod(matrix.shape[: len(views[index].batch)])
-            stacks.append(matrix.reshape(count, *shape))
+            matrices.append(matrix.reshape(count, *shape))
             orders.append(np.full(count, len(dims)))
             sizes.append(np.full(count, max(math.prod(dims), 1), float))
+        return jnp.concatenate(matrices), *(jnp.asarray(np.concatenate(x), dtype) for x in (orders, sizes))
 
-        def of_one_mode(average: jax.Array, order: jax.Array, size: jax.Array) -> jax.Array:
-            return damped_inverse(identify(average, order, size), damping.astype(average.dtype))
+    @jax.vmap
+    def of_one_mode(average: jax.Array, order: jax.Array, size: jax.Array) -> jax.Array:
+        return damped_inverse(identify(average, order, size), damping.astype(average.dtype))
 
-        of_group = jax.vmap(of_one_mode)(
-            jnp.concatenate(stacks), *(jnp.asarray(np.concatenate(x), dtype) for x in (orders, sizes))
-        )
-        diagonals = of_group if len(shape) == 1 else jnp.diagonal(of_group, axis1=1, axis2=2)
+    stacks = [stack(members, *kind) for kind, members in groups.items()]
+    costs = [float(shape[0]) ** (3 if len(shape) == 2 else 1) for shape, _ in groups]
+    results = over_devices(of_one_mode, stacks, costs, axis)
+
+    inverses, finite = [list(matrices) for matrices in contractions], jnp.bool_(True)
+    for members, of_group in zip(groups.values(), results, strict=True):
+        diagonals = of_group if of_group.ndim == 2 else jnp.diagonal(of_group, axis1=1, axis2=2)
         finite &= jnp.all(jnp.isfinite(diagonals))  # No element of a positive matrix exceeds those on its diagonal.
-        ends = np.cumsum([len(stack) for stack in stacks])
-        for (index, mode), part in zip(members, jnp.split(of_group, ends[:-1]), strict=True):
+        counts = [math.prod(contractions[index][mode].shape[: len(views[index].batch)]) for index, mode in members]
+        for (index, mode), part in zip(members, jnp.split(of_group, np.cumsum(counts)[:-1]), strict=True):
             inverses[index][mode] = part.reshape(contractions[index][mode].shape)
     return [tuple(matrices) for matrices in inverses], finite
 

@@ -1,5 +1,6 @@
 """Tensor Normal Training as an Optax gradient transformation: Algorithm 3 of the paper."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -9,8 +10,9 @@ import jax.core
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.tree_util import KeyPath, keystr
 
-from tnt_optax import checks, factors
+from tnt_optax import checks, factors, sharding
 from tnt_optax.dtypes import as_float, as_int32, float32_or_better
 from tnt_optax.modes import Modes, ModesFn, batch_shape, mode_dims, resolve
 
@@ -72,6 +74,7 @@ def scale_by_tnt(
     modes: ModesFn | None = None,
     max_dim: int = 8192,
     refresh_parts: int | None = None,
+    refresh_axis: sharding.AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, preconditioned by the inverse of the Kronecker-factored Fisher matrix: the direction p of Algorithm 3.
 
@@ -89,6 +92,7 @@ def scale_by_tnt(
         modes=modes,
         max_dim=max_dim,
         refresh_parts=refresh_parts,
+        refresh_axis=refresh_axis,
     )
 
     def update(
@@ -122,6 +126,7 @@ def tnt(
     modes: ModesFn | None = None,
     max_dim: int = 8192,
     refresh_parts: int | None = None,
+    refresh_axis: sharding.AxisNames | None = None,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Tensor Normal Training (Ren & Goldfarb, 2021; Algorithm 3): W <- W - learning_rate * (p + weight_decay * W).
@@ -159,6 +164,9 @@ def tnt(
       refresh_parts: None: all inverses are computed in the same step, as in the paper. Or a number of parts, of about
         equal cost, into which the parameters are divided; their refreshes are spread evenly over the `inverse_period`
         steps, so that no step is much slower than the others.
+      refresh_axis: None, or the name of an axis of the mesh in context (`jax.set_mesh`), or a tuple of names: the
+        devices along it divide the inverses of a refresh among them, by cost, and then send them to one another. With
+        None every device computes all of them.
       weight_decay_mask: None, or a tree of booleans (or a function of the parameters that gives one) that says which
         parameters decay, as in `optax.add_decayed_weights`.
 
@@ -195,6 +203,7 @@ def tnt(
         modes=modes,
         max_dim=max_dim,
         refresh_parts=refresh_parts,
+        refresh_axis=refresh_axis,
     )
     # Without decay, `update` works without `params` too.
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
@@ -240,6 +249,7 @@ def _algorithm(
     modes: ModesFn | None,
     max_dim: int,
     refresh_parts: int | None,
+    refresh_axis: sharding.AxisNames | None,
 ) -> tuple[Callable[..., TNTState], Callable[..., tuple[optax.Updates, Settle]]]:
     """Algorithm 3, as the functions `init` and `step`.
 
@@ -265,6 +275,7 @@ def _algorithm(
         )
     if refresh_parts is not None:
         checks.check_period("refresh_parts", refresh_parts)
+    checks.check_axis_names("refresh_axis", refresh_axis)
 
     def views(tree: optax.Params) -> Any:
         """A tree of `Modes`."""
@@ -277,16 +288,18 @@ def _algorithm(
                 "max_dim: expected a Python integer, got a traced one: name it in inject_hyperparams' static_args."
             )
 
-        def zero_matrices(x: jax.Array, view: Modes) -> tuple[jax.Array, ...]:
+        def zero_matrices(path: KeyPath, x: jax.Array, view: Modes) -> tuple[jax.Array, ...]:
+            sharding.check_modes(f"modes for params{keystr(path)}", x, view)
             batch, dims = batch_shape(view, x.shape), mode_dims(view, x.shape)
+            shapes = [(*batch, d) if d > max_dim else (*batch, d, d) for d in dims]
             dtype = float32_or_better(x)
-            return tuple(jnp.zeros((*batch, d) if d > max_dim else (*batch, d, d), dtype) for d in dims)
+            return tuple(sharding.zeros_beside(x, view, mode, shape, dtype) for mode, shape in enumerate(shapes))
 
-        matrices = jax.tree.map(zero_matrices, params, views(params))
+        matrices = jax.tree_util.tree_map_with_path(zero_matrices, params, views(params))
         return TNTState(
             count=jnp.zeros([], jnp.int32),
             statistics_count=jnp.zeros([], jnp.int32),
-            momentum=jax.tree.map(lambda x: jnp.zeros(x.shape, float32_or_better(x)), params),
+            momentum=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), params),
             contractions=matrices,
             inverses=jax.tree.map(jnp.zeros_like, matrices),
         )
@@ -310,11 +323,26 @@ def _algorithm(
 
         view = views(gradients)
 
-        def as_tuples(matrices: Any) -> Any:
-            # After a step, flax.nnx.Optimizer holds them as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
-            return jax.tree.map(lambda _, m: tuple(jax.tree.leaves(m)), gradients, matrices)
+        def as_tuples(name: str, matrices: Any) -> Any:
+            def of_one(path: KeyPath, gradient: jax.Array, v: Modes, some: Any) -> tuple[jax.Array, ...]:
+                # After a step, flax.nnx.Optimizer holds them as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
+                leaves = tuple(jax.tree.leaves(some))
+                batch, dims = batch_shape(v, gradient.shape), mode_dims(v, gradient.shape)
+                shapes = [leaf.shape for leaf in leaves]
+                if len(shapes) != len(dims) or any(
+                    shape not in ((*batch, d), (*batch, d, d)) for shape, d in zip(shapes, dims, strict=True)
+                ):
+                    raise ValueError(
+                        f"state: expected, for the parameter {keystr(path)} of shape {gradient.shape} viewed by {v}, "
+                        f"{name} of the shapes {[(*batch, d, d) for d in dims]}, got {shapes}: is it the state of "
+                        f"another model, or of other `modes`?"
+                    )
+                return leaves
 
-        old_contractions, old_inverses = as_tuples(state.contractions), as_tuples(state.inverses)
+            return jax.tree_util.tree_map_with_path(of_one, gradients, view, matrices)
+
+        old_contractions = as_tuples("contractions", state.contractions)
+        old_inverses = as_tuples("inverses", state.inverses)
 
         def absorb() -> Any:
             tree = gradients
@@ -323,9 +351,11 @@ def _algorithm(
                 tree = checks.match("sampled_grads", tree, gradients, "the gradients")
             # The trace of a parameter's contractions, which bounds all of their elements.
             finite = _all_finite(jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(float32_or_better(g)))), tree))
-            new = jax.tree.map(
-                lambda g, v, c: factors.average_contractions(g, v, c, weight), tree, view, old_contractions
-            )
+
+            def average(g: jax.Array, v: Modes, c: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                return sharding.keeping(functools.partial(factors.average_contractions, v), c)(g, c, weight)
+
+            new = jax.tree.map(average, tree, view, old_contractions)
             return _where(finite, new, old_contractions), finite
 
         contractions, absorbed = _cond(absorb_now, absorb, lambda: (old_contractions, jnp.bool_(True)))
@@ -338,7 +368,8 @@ def _algorithm(
             some_views, some_contractions, some_inverses = (leaves[part] for leaves in parameters)
 
             def refresh(vs: Any = some_views, cs: Any = some_contractions, old: Any = some_inverses) -> Any:
-                new, finite = factors.damped_inverses(vs, cs, as_float(_at(damping, t)))
+                invert = functools.partial(factors.damped_inverses, vs, axis=refresh_axis)
+                new, finite = sharding.keeping(invert, (old, t))(cs, as_float(_at(damping, t)))
                 return _where(finite, new, old), finite
 
             now: Any = warm_start == "refresh"
@@ -361,7 +392,11 @@ def _algorithm(
         momentum = jax.tree.map(
             lambda m, g: as_float(mu).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, gradients
         )
-        direction = jax.tree.map(factors.precondition, view, momentum, inverses)
+
+        def precondition(m: jax.Array, v: Modes, p: tuple[jax.Array, ...]) -> jax.Array:
+            return sharding.keeping(functools.partial(factors.precondition, v), m)(m, p)
+
+        direction = jax.tree.map(precondition, momentum, view, inverses)
         if trust_radius is not None:
             direction = _bound(direction, momentum, as_float(_at(trust_radius, t)))
 
@@ -382,7 +417,7 @@ def _algorithm(
 
 def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
     """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2."""
-    products = jax.tree.map(lambda p, m: as_float(jnp.vdot(p, m, precision=lax.Precision.HIGHEST)), direction, momentum)
+    products = jax.tree.map(lambda p, m: as_float(jnp.sum(p * m)), direction, momentum)
     # Not below 0, whatever the rounding. (And see `_all_finite`.)
     squared_norm = jnp.sum(jnp.maximum(jnp.stack([as_float(0.0), *jax.tree.leaves(products)]), 0))
     scale = jnp.where(squared_norm > jnp.square(radius), radius * lax.rsqrt(squared_norm), 1)

@@ -1,0 +1,221 @@
+"""TNT on a mesh of eight devices (virtual ones, see conftest.py) is TNT on one, and what was divided stays divided."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import tnt_optax
+from tnt_optax import Modes, factors, sharding
+from tnt_optax.modes import default_modes
+
+BOTH = ("data", "model")
+SPECS = {
+    "data parallel": {"layers": P(), "out": P(), "bias": P()},
+    "FSDP": {"layers": P(None, "data"), "out": P("data"), "bias": P("data")},
+    "tensor parallel": {"layers": P(None, "data", "model"), "out": P("model", "data"), "bias": P()},
+}
+
+
+def mesh_of(kind):
+    return jax.make_mesh((4, 2), BOTH, axis_types=(kind, kind))
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def mesh(request):
+    mesh = mesh_of(request.param)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def stacked(path, shape):
+    return Modes(((1,), (2,)), batch=(0,)) if len(shape) == 3 else None
+
+
+def data_and_params():
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    params = {"layers": normal(3, 16, 16) / 4, "out": normal(16, 8) / 4, "bias": normal(8)}
+    return params, normal(64, 16), rng.integers(0, 8, 64)
+
+
+def trained(params, inputs, labels, *, steps=6, gather=lambda w: w, refresh_axis=None, warm_start=False, keep=True):
+    """Parameters, state and updates after some steps, and the initial state."""
+
+    def forward(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ gather(w)), None), x, params["layers"])
+        return x @ gather(params["out"]) + gather(params["bias"])
+
+    value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical(), scale="fisher")
+    tx = tnt_optax.tnt(
+        0.1,
+        damping=0.1,
+        statistics_period=2,
+        inverse_period=4,
+        trust_radius=0.3,
+        modes=stacked,
+        refresh_axis=refresh_axis,
+    )
+    initial = state = tx.init(params)
+    if warm_start:
+        sampled = jax.jit(lambda key: value_and_grads(params, inputs, labels, key)[2]())
+        state = tnt_optax.warm_start(tx, state, params, (sampled(jax.random.key(100 + i)) for i in range(2)))
+    shardings = jax.tree.map(lambda x: x.sharding, (params, initial)) if keep else (None, None)
+
+    @functools.partial(jax.jit, out_shardings=(*shardings, None))
+    def step(params, state, key):
+        _, grads, sampled_grads = value_and_grads(params, inputs, labels, key)
+        updates, state = tx.update(grads, state, params, sampled_grads=sampled_grads)
+        return optax.apply_updates(params, updates), state, updates
+
+    updates = None
+    for i in range(steps):
+        params, state, updates = step(params, state, jax.random.key(i))
+    return params, state, updates, initial
+
+
+def gather_on(mesh):
+    """With Explicit axes it is the model that says that a layer's weights are gathered for its product."""
+    return (lambda w: jax.sharding.reshard(w, P())) if mesh.axis_types[0] == AxisType.Explicit else lambda w: w
+
+
+@functools.cache
+def on_one_device(warm_start=False):
+    params, inputs, labels = data_and_params()
+    with jax.default_device(jax.devices()[0]):
+        return jax.device_get(
+            trained(jax.tree.map(jnp.asarray, params), inputs, labels, warm_start=warm_start, keep=False)
+        )
+
+
+def put(tree, mesh, specs):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+
+
+@pytest.mark.parametrize("refresh_axis", [None, BOTH])
+@pytest.mark.parametrize("way", SPECS)
+def test_equals_one_device_and_stays_divided(mesh, way, refresh_axis):
+    params, inputs, labels = data_and_params()
+    params = put(params, mesh, SPECS[way])
+    new_params, state, updates, initial = trained(
+        params,
+        *put((inputs, labels), mesh, (P("data"), P("data"))),
+        gather=gather_on(mesh),
+        refresh_axis=refresh_axis,
+    )
+    # 6 steps in float32, whose sums have another order. Elements are of the order of 1, contractions of 10.
+    for ours, expected in zip(jax.tree.leaves((new_params, state)), jax.tree.leaves(on_one_device()[:2]), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
+
+    def same_place(before, after):
+        assert after.sharding.is_equivalent_to(before.sharding, before.ndim), (before.sharding, after.sharding)
+
+    jax.tree.map(same_place, (params, initial), (new_params, state))
+    for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        # Updates are not told how to lie: no device may hold more of them than it holds of the parameter.
+        assert update.addressable_shards[0].data.size <= param.addressable_shards[0].data.size
+    tnt_state = initial[0]
+    spread = {"data parallel": (1, 1, 1), "FSDP": (4, 4, 4), "tensor parallel": (8, 8, 1)}[way]
+    for name, parts in zip(("layers", "out", "bias"), spread, strict=True):
+        arrays = [tnt_state.momentum[name], *tnt_state.contractions[name], *tnt_state.inverses[name]]
+        assert all(array.size == parts * array.addressable_shards[0].data.size for array in arrays)
+
+
+def test_warm_start_on_a_mesh(mesh):
+    params, inputs, labels = data_and_params()
+    params = put(params, mesh, SPECS["FSDP"])
+    data = put((inputs, labels), mesh, (P("data"), P("data")))
+    ours = trained(params, *data, gather=gather_on(mesh), refresh_axis="data", warm_start=True)
+    expected = on_one_device(warm_start=True)
+    for x, y in zip(jax.tree.leaves(ours[:2]), jax.tree.leaves(expected[:2]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
+
+
+def test_each_device_computes_its_share_of_the_inverses():
+    # No two of one length, because XLA counts the body of a loop over equal ones once.
+    dims = [(d, d + 8) for d in range(128, 256, 16)]
+    views = [default_modes(shape) for shape in dims]
+    matrices = [tuple(jax.ShapeDtypeStruct((d, d), jnp.float32) for d in shape) for shape in dims]
+    damping = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def flops(axis):
+        invert = functools.partial(factors.damped_inverses, views, axis=axis)
+        return jax.jit(invert).lower(matrices, damping).compile().cost_analysis()["flops"]
+
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        everything, share = flops(None), flops(BOTH)
+    # Of an inverse so small XLA counts the product of two triangular matrices, the rest is LAPACK's.
+    assert everything > sum(2.0 * d**3 for shape in dims for d in shape)
+    assert everything / 8 <= share <= 1.3 * everything / 8
+
+
+@pytest.mark.parametrize("number", [1, 2, 8, 64])
+def test_shares_are_complete_and_balanced(number):
+    # Twelve layers of a transformer of width 768: modes of 768, 3072 and 64; an embedding's.
+    counts, costs = [12 * 6 + 2, 12 * 2, 12 * 4], [768.0**3, 3072.0**3, 64.0**3]
+    shares = sharding.equal_shares(counts, costs, number)
+    assert len(shares) == number
+    for kind, count in enumerate(counts):
+        assert sorted(task for share in shares for task in share[kind]) == list(range(count))
+    loads = [sum(len(tasks) * cost for tasks, cost in zip(share, costs, strict=True)) for share in shares]
+    mean = sum(loads) / number
+    # Graham's bound for the longest task first: 4/3 of the best there can be, which is no less than the mean or a task.
+    assert max(loads) <= 4 / 3 * max(mean, max(costs))
+
+
+def test_errors():
+    params, *_ = data_and_params()
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for axis in ("layers", ("data", "layers")):
+        tx = tnt_optax.tnt(0.1, refresh_axis=axis, fisher="empirical")
+        with jax.set_mesh(mesh_of(AxisType.Auto)), pytest.raises(ValueError, match=r"refresh_axis: .*'layers'.*'data'"):
+            tx.update(grads, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"refresh_axis: .*has none: call it under jax.set_mesh"):
+        tx.update(grads, tx.init(params), params)
+    for wrong in (0, ("data", 1), ()):
+        with pytest.raises(TypeError, match="refresh_axis: expected None, the name of a mesh axis"):
+            tnt_optax.tnt(0.1, refresh_axis=wrong)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_sharded_axis_merged_behind_another_is_an_error(mesh, traced):
+    tx = tnt_optax.tnt(0.1, modes=lambda path, shape: Modes(((0, 1), (2,))))
+
+    def with_spec(*spec, shape=(8, 4, 16)):
+        x = {"kernel": jax.device_put(jnp.zeros(shape), NamedSharding(mesh, P(*spec)))}
+        return jax.jit(tx.init)(x) if traced else tx.init(x)
+
+    if traced and mesh.axis_types[0] == AxisType.Auto:
+        with_spec(None, "data")  # Not known while tracing, and so the compiler moves it.
+    else:
+        with pytest.raises(ValueError, match=r"modes for params\['kernel'\]: .* merges axis 1.*'data'"):
+            with_spec(None, "data")
+    with_spec("data", None, "model")  # A block of the first axis is a block of the merged one.
+    with_spec(None, "data", shape=(1, 4, 16))
+
+
+def test_a_state_of_other_modes_is_an_error():
+    params = {"kernel": jnp.ones((3, 4, 5))}
+    state = tnt_optax.tnt(0.1).init(params)
+    for modes in (lambda *_: Modes(((0, 1), (2,))), lambda *_: Modes(((1,), (2,)), batch=(0,))):
+        tx = tnt_optax.tnt(0.1, modes=modes, fisher="empirical")
+        with pytest.raises(ValueError, match=r"state: .*\['kernel'\].*other `modes`"):
+            tx.update(params, state, params)
+
+
+def test_devices_with_equal_shares_run_one_program():
+    def run(x):
+        return sharding.over_devices(jnp.tanh, [(x,)], [1.0], BOTH)[0]
+
+    x = jnp.linspace(0, 1, 24).reshape(12, 2)  # Four devices have two slices each, four have one.
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        np.testing.assert_allclose(jax.jit(run)(x), np.tanh(x), rtol=1e-6)  # Two float32 libraries.
+        assert str(jax.make_jaxpr(run)(x)).count("= tanh") == 2
