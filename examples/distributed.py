@@ -99,7 +99,8 @@ def my_part_of_batch(step: int) -> jax.Array:
 # What a checkpoint is of. Orbax's own error for another model or other modes would be hundreds of lines long.
 run = {jax.tree_util.keystr(path): str(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 keep = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(2))
-with ocp.CheckpointManager(args.directory.resolve(), options=keep) as manager:
+handlers = ocp.handlers.create_default_handler_registry(default=ocp.StandardCheckpointHandler())
+with ocp.CheckpointManager(args.directory.resolve(), options=keep, handler_registry=handlers) as manager:
     start = manager.latest_step() or 0
     if start:
         saved = manager.metadata(start).custom_metadata or {}
