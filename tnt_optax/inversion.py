@@ -1,4 +1,6 @@
-"""The inverse of a symmetric positive definite matrix, alone and stacked."""
+"""The inverse and the eigenvalues of a symmetric matrix, alone and stacked."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ _BLOCK = 256  # Triangular matrices up to this size are inverted by LAPACK (or i
 def inverse(matrix: jax.Array) -> jax.Array:
     """The inverse of a symmetric positive definite matrix (d, d); all NaN where it is not positive definite.
 
-    `jax.vmap` makes it the inverse of a stack: one by one on CPU, side by side elsewhere.
+    `jax.vmap` makes it the inverse of a stack: see `_one_by_one_on_cpu`.
     """
     return _inverse(matrix)
 
@@ -30,18 +32,26 @@ def _by_cholesky(matrix: jax.Array) -> jax.Array:
     return _from_factor(upper)[1]
 
 
-_inverse = custom_vmap(_by_cholesky)
+def eigenvalues(matrix: jax.Array) -> jax.Array:
+    """The eigenvalues (d,) of a symmetric matrix (d, d), the smallest first; stacked like `inverse`."""
+    return _eigenvalues(matrix)
 
 
-@_inverse.def_vmap
-def _(axis_size: int, in_batched: list[bool], matrices: jax.Array) -> tuple[jax.Array, bool]:
-    # Batched LAPACK calls of several sizes in one program can deadlock XLA's CPU backend, so there one matrix
-    # follows the other, also under a `vmap` of the user's.
-    del axis_size, in_batched
-    inverses = lax.platform_dependent(
-        matrices, cpu=lambda stack: lax.map(_inverse, stack), default=jax.vmap(_by_cholesky)
-    )
-    return inverses, True
+def _one_by_one_on_cpu(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """`function` of a matrix, such that `jax.vmap` applies it one by one on CPU, and side by side elsewhere.
+
+    Batched LAPACK calls of several sizes in one program can deadlock XLA's CPU backend, so there one matrix follows the
+    other, also under a `vmap` of the user's.
+    """
+    alone = custom_vmap(function)
+
+    @alone.def_vmap
+    def _(axis_size: int, in_batched: list[bool], matrices: jax.Array) -> tuple[jax.Array, bool]:
+        del axis_size, in_batched
+        results = lax.platform_dependent(matrices, cpu=lambda stack: lax.map(alone, stack), default=jax.vmap(function))
+        return results, True
+
+    return alone
 
 
 def _from_factor(upper: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -64,3 +74,7 @@ def _from_factor(upper: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+_inverse = _one_by_one_on_cpu(_by_cholesky)
+_eigenvalues = _one_by_one_on_cpu(lambda matrix: jnp.linalg.eigvalsh(matrix, symmetrize_input=False))

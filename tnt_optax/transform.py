@@ -59,7 +59,28 @@ class RejectedState(NamedTuple):
     inverses: jax.Array
 
 
-Settle = Callable[[optax.Updates], tuple[optax.Updates, TNTState, RejectedState]]
+class HistoryState(NamedTuple):
+    """What `diagnostics` tells of the past; the third element of `tnt`'s state. Nothing is computed from it.
+
+    Attributes:
+      bounded: int32 scalar, how many steps the trust radius shortened.
+      refreshed: int32 array of shape (refresh_parts,), or (1,) without parts: the count t at which the inverses of each
+        part were last computed and taken. -1: never, or the part has no parameters.
+    """
+
+    bounded: jax.Array
+    refreshed: jax.Array
+
+
+class Events(NamedTuple):
+    """What happened in a step: booleans, for the counters of `tnt`."""
+
+    rejected: RejectedState
+    bounded: jax.Array
+    refreshed: jax.Array  # Of each part.
+
+
+Settle = Callable[[optax.Updates], tuple[optax.Updates, TNTState, Events]]
 
 
 def scale_by_tnt(
@@ -173,7 +194,8 @@ def tnt(
     Returns:
       A `GradientTransformationExtraArgs`. Its `update` takes `sampled_grads`: a tree like the parameters, or a
       function without arguments that returns one and is called inside `jax.lax.cond`; other extra arguments are
-      accepted. Updates have the dtypes of the gradients. Its state is a tuple (`TNTState`, `RejectedState`, ...).
+      accepted. Updates have the dtypes of the gradients. Its state is a tuple (`TNTState`, `RejectedState`,
+      `HistoryState`, ...).
 
     Raises:
       ValueError: a number out of its range, or an unknown `fisher`. From `update`: `sampled_grads` missing, or of
@@ -212,8 +234,10 @@ def tnt(
         optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
 
-    def init(params: optax.Params) -> tuple[TNTState, RejectedState, optax.OptState]:
-        return init_tnt(params), RejectedState(*(jnp.zeros([], jnp.int32) for _ in range(3))), rest.init(params)
+    def init(params: optax.Params) -> tuple[TNTState, RejectedState, HistoryState, optax.OptState]:
+        rejected = RejectedState(*(jnp.zeros([], jnp.int32) for _ in range(3)))
+        history = HistoryState(jnp.zeros([], jnp.int32), jnp.full(refresh_parts or 1, -1, jnp.int32))
+        return init_tnt(params), rejected, history, rest.init(params)
 
     def update(
         updates: optax.Updates,
@@ -225,14 +249,19 @@ def tnt(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        tnt_state, counts, rest_state = state
+        tnt_state, counts, history, rest_state = state
+        t = tnt_state.count
         direction, settle = step(updates, tnt_state, sampled_grads, warm_start)
         if params is not None:
             params = jax.tree.map(lambda p, w: w.astype(p.dtype), direction, params)
         scaled, rest_state = rest.update(direction, rest_state, params)
-        updates, tnt_state, rejected = settle(scaled)
-        counts = jax.tree.map(lambda count, now: count + now.astype(jnp.int32), counts, rejected)
-        return updates, (tnt_state, counts, rest_state)
+        updates, tnt_state, events = settle(scaled)
+        counts = jax.tree.map(lambda count, now: count + now.astype(jnp.int32), counts, events.rejected)
+        history = HistoryState(
+            bounded=history.bounded + events.bounded.astype(jnp.int32),
+            refreshed=jnp.where(events.refreshed, t, history.refreshed),
+        )
+        return updates, (tnt_state, counts, history, rest_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -254,7 +283,7 @@ def _algorithm(
     """Algorithm 3, as the functions `init` and `step`.
 
     A step gives the direction, and a function that takes the updates which are made of it, says whether they can be
-    trusted, and returns the updates, the new state and what was rejected.
+    trusted, and returns the updates, the new state and what happened.
     """
     if not callable(damping):
         checks.check_positive("damping", damping)
@@ -364,7 +393,8 @@ def _algorithm(
         parameters = [structure.flatten_up_to(tree) for tree in (view, contractions, old_inverses)]
         new_inverses, refreshed = [], jnp.bool_(True)
         number = refresh_parts or 1
-        for index, part in _equal_parts(parameters[1], number):
+        taken = [jnp.bool_(False)] * number
+        for index, part in equal_parts(parameters[1], number):
             some_views, some_contractions, some_inverses = (leaves[part] for leaves in parameters)
 
             def refresh(vs: Any = some_views, cs: Any = some_contractions, old: Any = some_inverses) -> Any:
@@ -379,6 +409,7 @@ def _algorithm(
             some_inverses, finite = _cond(now, refresh, lambda old=some_inverses: (old, jnp.bool_(True)))
             new_inverses += some_inverses
             refreshed &= finite
+            taken[index] = now & finite
         inverses = structure.unflatten(new_inverses)
         state = state._replace(
             statistics_count=jnp.where(absorb_now & absorbed, optax.safe_increment(n), n),
@@ -387,7 +418,7 @@ def _algorithm(
         )
         if warm_start is not None:
             rejected = RejectedState(jnp.bool_(False), ~absorbed, ~refreshed)
-            return gradients, lambda updates: (updates, state, rejected)
+            return gradients, lambda updates: (updates, state, Events(rejected, jnp.bool_(False), jnp.stack(taken)))
 
         momentum = jax.tree.map(
             lambda m, g: as_float(mu).astype(m.dtype) * m + g.astype(m.dtype), state.momentum, gradients
@@ -396,18 +427,18 @@ def _algorithm(
         def precondition(m: jax.Array, v: Modes, p: tuple[jax.Array, ...]) -> jax.Array:
             return sharding.keeping(functools.partial(factors.precondition, v), m)(m, p)
 
-        direction = jax.tree.map(precondition, momentum, view, inverses)
+        direction, bounded = jax.tree.map(precondition, momentum, view, inverses), jnp.bool_(False)
         if trust_radius is not None:
-            direction = _bound(direction, momentum, as_float(_at(trust_radius, t)))
+            direction, bounded = _bound(direction, momentum, as_float(_at(trust_radius, t)))
 
-        def settle(updates: optax.Updates) -> tuple[optax.Updates, TNTState, RejectedState]:
+        def settle(updates: optax.Updates) -> tuple[optax.Updates, TNTState, Events]:
             updates = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradients)
             # What is not finite in the gradient or the momentum is not finite in the updates either.
             finite = _all_finite(updates)
             return (
                 _where(finite, updates, jax.tree.map(jnp.zeros_like, updates)),
                 state._replace(count=optax.safe_increment(t), momentum=_where(finite, momentum, state.momentum)),
-                RejectedState(~finite, ~absorbed, ~refreshed),
+                Events(RejectedState(~finite, ~absorbed, ~refreshed), bounded & finite, jnp.stack(taken)),
             )
 
         return direction, settle
@@ -415,15 +446,16 @@ def _algorithm(
     return init, step
 
 
-def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> optax.Updates:
-    """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2."""
+def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array) -> tuple[optax.Updates, jax.Array]:
+    """p, shortened where <p, m>, its squared norm in the metric of the damped factors, exceeds radius^2; and if so."""
     products = jax.tree.map(lambda p, m: as_float(jnp.sum(p * m)), direction, momentum)
     # Not below 0, whatever the rounding. (And see `_all_finite`.)
     squared_norm = jnp.sum(jnp.maximum(jnp.stack([as_float(0.0), *jax.tree.leaves(products)]), 0))
-    scale = jnp.where(squared_norm > jnp.square(radius), radius * lax.rsqrt(squared_norm), 1)
+    exceeds = squared_norm > jnp.square(radius)
+    scale = jnp.where(exceeds, radius * lax.rsqrt(squared_norm), 1)
     # An infinite norm does not tell how much to shorten: the step is then rejected, like all that is not finite.
     scale = jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
-    return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction)
+    return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction), exceeds
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -445,7 +477,7 @@ def _is_due(t: jax.Array, period: int | jax.Array, offset: int | jax.Array = 0) 
     return True if isinstance(period, int) and period == 1 else t % as_int32(period) == offset
 
 
-def _equal_parts(contractions: list[tuple[jax.Array, ...]], number: int) -> list[tuple[int, slice]]:
+def equal_parts(contractions: list[tuple[jax.Array, ...]], number: int) -> list[tuple[int, slice]]:
     """Runs of parameters whose inverses cost about the same, with the place 0, ..., number - 1 of each."""
     costs = [sum(float(c.size * c.shape[-1]) for c in matrices) for matrices in contractions]
     before, total = itertools.accumulate(costs[:-1], initial=0.0), sum(costs) or 1.0

@@ -9,8 +9,8 @@ import jax.core
 import optax
 from jax.tree_util import Partial
 
-from tnt_optax import checks
-from tnt_optax.transform import TNTState, WarmStart
+from tnt_optax import checks, states
+from tnt_optax.transform import WarmStart
 
 
 def warm_start(
@@ -26,7 +26,7 @@ def warm_start(
 
     Args:
       tx: the optimizer; the `TNTState` may lie inside chained, masked, partitioned or injected states.
-      opt_state: its state. Only the statistics and the inverses in it change.
+      opt_state: its state. Only the statistics and the inverses in it change, and when these were computed.
       params: the parameters at which the sampled gradients were taken.
       sampled_grads: an iterable, best a generator, of trees like `params` or of the functions that
         `value_and_sampled_grad` returns. It is read one by one, so that only one is alive at a time.
@@ -47,12 +47,7 @@ def warm_start(
             "sampled_grads: expected an iterable of sampled gradients, for example a list or a generator, got "
             f"{type(sampled_grads).__name__}."
         )
-    before = _tnt_states(opt_state)
-    if not before:
-        raise ValueError(
-            "opt_state: expected a TNTState somewhere in it, found none: is it the state of another optimizer?"
-        )
-
+    before = states.find(opt_state)
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(
             "tx: expected a GradientTransformationExtraArgs, which hands sampled gradients on to its TNTState, got "
@@ -70,9 +65,9 @@ def warm_start(
         raise ValueError("sampled_grads: expected at least one sampled gradient, got an empty iterable.")
     opt_state = _advance(tx, opt_state, params, None, "refresh")
 
-    for old, new in zip(before, _tnt_states(opt_state), strict=True):
-        traced = isinstance(new.statistics_count, jax.core.Tracer)
-        if not traced and int(new.statistics_count) == int(old.statistics_count):
+    for old, new in zip(before, states.find(opt_state), strict=True):
+        traced = isinstance(new.tnt.statistics_count, jax.core.Tracer)
+        if not traced and int(new.tnt.statistics_count) == int(old.tnt.statistics_count):
             raise ValueError(
                 "tx: expected an optimizer that updates its TNTState, but it absorbed none of the sampled gradients. "
                 f"Either none of them was finite, or a wrapper did not hand them on. {_WARM_START_INSIDE}"
@@ -84,19 +79,11 @@ def warm_start(
 @functools.partial(jax.jit, static_argnames=("tx", "stage"))
 def _advance(tx: Any, opt_state: optax.OptState, params: optax.Params, gradient: Any, stage: WarmStart) -> Any:
     _, new = tx.update(optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=stage)
-    # Only the TNTStates: whatever else counts steps (schedules, say) has not seen one.
-    return jax.tree.map(lambda o, n: n if _is_tnt_state(o) else o, opt_state, new, is_leaf=_is_tnt_state)
+    # Nothing else: whatever counts steps (schedules, say) has not seen one.
+    return states.replace_statistics(opt_state, new)
 
 
 _WARM_START_INSIDE = (
     "Warm-start the transformation inside it with its own state (for optax.MultiSteps: the wrapped optimizer with "
     "`opt_state.inner_opt_state`)."
 )
-
-
-def _is_tnt_state(node: Any) -> bool:
-    return isinstance(node, TNTState)
-
-
-def _tnt_states(opt_state: optax.OptState) -> list[TNTState]:
-    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_tnt_state) if _is_tnt_state(node)]
