@@ -28,13 +28,14 @@ CASES = [
 def test_memory(case, dims):
     size, matrices = math.prod(dims), sum(d * d for d in dims)
     expected = {
-        "TNT": 4 * (size + 2 * matrices) + 5 * 4,  # Momentum, C_i, P_i; the steps, the statistics, three rejections.
+        # Momentum, C_i, P_i; the steps, the statistics, three rejections, the bounded steps, the last refresh.
+        "TNT": 4 * (size + 2 * matrices) + 7 * 4,
         "Shampoo": 4 * (size + 2 * matrices) + 2 * 4,  # And the steps, the statistics.
         "Adam": 4 * 2 * size + 4,
     }
     for name, tx in complexity.optimizers(case).items():
         assert complexity.state_bytes(tx, case) == expected[name]
-    assert 4 * complexity.memory_formula("TNT", dims) == expected["TNT"] - 20
+    assert 4 * complexity.memory_formula("TNT", dims) == expected["TNT"] - 28
     assert 4 * complexity.memory_formula("Adam", dims) == expected["Adam"] - 4
 
 

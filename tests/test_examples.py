@@ -134,7 +134,7 @@ def test_bench(tmp_path):
     sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     elements = sum(n * m + m for n, m in itertools.pairwise(sizes))
     factors = sum(n * n + m * m + m * m for n, m in itertools.pairwise(sizes))
-    assert rows["TNT (1, 20)"]["state_bytes"] == 4 * (elements + 2 * factors + 5)
+    assert rows["TNT (1, 20)"]["state_bytes"] == 4 * (elements + 2 * factors + 7)
     assert {row["part"] for row in written["models"]["autoencoder"]["parts"]} >= {"contractions", "inverses"}
     assert written["large"]["parameters"] == 124_439_808
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ import optax
 import pytest
 import reference
 
-from tnt_optax import Categorical, TNTState, scale_by_tnt, tnt, value_and_sampled_grad, warm_start
+from tnt_optax import Categorical, HistoryState, TNTState, scale_by_tnt, tnt, value_and_sampled_grad, warm_start
 
 SHAPE = (3, 4)
 
@@ -23,6 +23,10 @@ def the_state(opt_state):
         s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, TNTState)) if isinstance(s, TNTState)
     ]
     return state
+
+
+def is_ours(x):
+    return isinstance(x, TNTState | HistoryState)
 
 
 WRAPPERS = {
@@ -58,11 +62,11 @@ def test_it_is_the_plain_mean_and_refreshes_and_leaves_all_else_alone(name):
     chex.assert_trees_all_close(list(state.contractions["w"]), contractions, rtol=1e-5, atol=1e-5)
     inverses = [np.linalg.inv(u + 0.2 * np.eye(len(u))) for u in reference.identify(contractions)]
     chex.assert_trees_all_close(list(state.inverses["w"]), inverses, rtol=1e-4, atol=1e-5)
+    # The inverses were computed at t = 0.
+    for history in (x for x in jax.tree.leaves(after, is_leaf=is_ours) if isinstance(x, HistoryState)):
+        chex.assert_trees_all_equal(history, HistoryState(jnp.int32(0), jnp.zeros(1, jnp.int32)))
     # All other states are as they were.
-    others = [
-        jax.tree.map(lambda x: None if isinstance(x, TNTState) else x, s, is_leaf=lambda x: isinstance(x, TNTState))
-        for s in (before, after)
-    ]
+    others = [jax.tree.map(lambda x: None if is_ours(x) else x, s, is_leaf=is_ours) for s in (before, after)]
     chex.assert_trees_all_equal(*others)
 
 
