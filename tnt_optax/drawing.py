@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
     """The spectra of all factors beside the damping: one row for each mode of each parameter.
 
-    On the left a line from the smallest eigenvalue to the largest (what is below 1e-8 of the largest of all, or 0, lies
+    On the left a line from the smallest eigenvalue to the largest (what is below 1e-6 of the largest of all, or 0, lies
     on the left edge), a dot for the mean, a vertical line for the damping; on the right the share of the eigenvalues
     that are smaller than the damping. A stack of factors has one row, with its extremes, all its means and its mean
     share.
@@ -44,7 +44,7 @@ def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
     means, smallest, largest = (column(f"{which}_eigenvalue") for which in ("mean", "smallest", "largest"))
     dampings = {float(value) for name, value in values.items() if name.endswith("tnt/damping")}
     top = max([*dampings, *(float(np.max(x, initial=0)) for x in largest)])
-    left_edge = min([1e-8 * top, *(0.1 * damping for damping in dampings)])
+    left_edge = min([1e-6 * top, *(0.1 * damping for damping in dampings)])
 
     figure = Figure(figsize=(10, 1.2 + 0.2 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
