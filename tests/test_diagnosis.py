@@ -443,16 +443,14 @@ def test_hard_factors():
 
 
 def test_a_condition_number_beyond_rounding_is_infinite():
-    """Random singular matrices: rounding makes their smallest eigenvalues positive as often as negative."""
+    """Singular matrices: rounding makes their smallest eigenvalues positive about as often as negative."""
     rng = np.random.default_rng(0)
-    tx = scale_by_tnt()
-    for d, rank in ((10, 9), (40, 7)):
-        g = jnp.asarray(rng.normal(size=(d, rank)), jnp.float32)
-        _, state = tx.update(g, tx.init(g), sampled_grads=g)
-        values = diagnostics(state, damping=EPS)
-        assert float(values["mode_0/condition"]) == np.inf
-        assert float(values["mode_0/smallest_eigenvalue"]) == 0
-        assert float(values["mode_1/condition"]) < 1e5
+    g = jnp.asarray(rng.normal(size=(20, 10, 9)), jnp.float32)
+    tx = scale_by_tnt(modes=lambda path, shape: Modes(((1,), (2,)), batch=(0,)))
+    values = diagnostics(tx.update(g, tx.init(g), sampled_grads=g)[1], damping=EPS)
+    assert np.isinf(values["mode_0/condition"]).all()
+    assert not np.any(values["mode_0/smallest_eigenvalue"])
+    assert np.isfinite(values["mode_1/condition"]).all()
 
 
 def test_a_schedule_is_read_at_the_last_step():

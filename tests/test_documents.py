@@ -89,6 +89,19 @@ def test_the_page_of_the_paper_has_the_numbers_of_its_programs():
         assert f"| {name} | {cells} |" in page
 
 
+def test_the_page_of_the_diagnostics_has_the_numbers_of_its_program():
+    page = (ROOT / "docs/diagnostics.md").read_text()
+    for run in json.loads((ROOT / "docs/diagnostics_digits.json").read_text())["runs"]:
+        at = run["epoch"].index(10)
+        condition = f"{run['condition'][at]:.{0 if run['condition'][at] > 10 else 1}f}"
+        row = (
+            f"| {run['damping']:g} | {run['mean_eigenvalue'][at]:.2g} | {condition} "
+            f"| {run['share_below_damping'][at]:.0%} | {run['cosine'][at]:.2f} "
+            f"| {run['train_loss'][at]:.1f} | {run['train_loss'][-1]:.1f} |"
+        )
+        assert row in page
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

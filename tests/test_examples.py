@@ -79,6 +79,19 @@ def test_fraction(tmp_path):
         assert curve["train_loss"][-1] < curve["train_loss"][0]
 
 
+def test_diagnostics(tmp_path):
+    small = ("--widths", 8, 4, "--batch-size", 400, "--epochs", 3, "--every", 2, "--dampings", 0.1, 100)
+    result = program("diagnostics", *small, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    small_damping, large_damping = json.loads((tmp_path / "diagnostics_digits.json").read_text())["runs"]
+    assert small_damping["epoch"] == [2, 3]
+    assert all(len(values) == 2 for name, values in small_damping.items() if name != "damping")
+    assert large_damping["share_below_damping"] == [1, 1]
+    assert small_damping["condition"][-1] > 2 > large_damping["condition"][-1] >= 1
+    assert f"{small_damping['test_loss'][-1]:.2f}" in result.stdout
+    assert (tmp_path / "diagnostics_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_autoencoder(tmp_path):
     names = ("TNT", "TNT, bounded", "KFAC", "Shampoo", "Adam", "SGD-m")
     small = ("--widths", 8, 4, "--batch-size", 400, "--inverse-period", 2, "--out", tmp_path)
