@@ -115,7 +115,7 @@ def test_program(tmp_path):
     assert {len(row["dims"]) for row in written} == {1, 2, 3, 4}
     for row in written:
         title = "x".join(map(str, row["dims"]))
-        assert f"{row['memory']['TNT']['formula']:,} + 20" in result.stdout
+        assert f"{row['memory']['TNT']['formula']:,} + 28" in result.stdout
         assert title in result.stdout
 
 
