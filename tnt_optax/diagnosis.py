@@ -21,7 +21,7 @@ def diagnostics(
 ) -> dict[str, jax.Array]:
     """Numbers by name, of the factors of every parameter and of the steps until now. Nothing is changed.
 
-    It computes the eigenvalues of every factor, which takes longer than a refresh of the inverses: call it now and then,
+    It computes the eigenvalues of every factor, which takes longer than a refresh of the inverses: call it rarely,
     inside `jax.jit` or not. (With a state that is stacked by `jax.vmap`, inside `jax.vmap`.)
 
     For mode i = 0, 1, ... of every parameter, with the factor U of Eq. (5) that belongs to the present statistics, its
