@@ -126,43 +126,6 @@ def test_sampled_gradient_is_the_gradient_of_the_sampled_targets():
     chex.assert_trees_all_close(sampled_grads(), expected, rtol=1e-6)
 
 
-class Fixed(Normal):
-    """Samples that depend on the outputs alone, so that those of a batch are those of its parts."""
-
-    def sample(self, key, outputs):
-        return outputs + jnp.cos(7 * outputs)
-
-
-@pytest.mark.parametrize("scale", ["mean", "fisher"])
-def test_microbatches_equal_one_batch(scale):
-    """The recipe for accumulating gradients, step for step."""
-    with jax.enable_x64(True):
-        params = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.ones(3)}
-        inputs, targets = (jax.random.normal(jax.random.key(i), (5, 12, n)) for i, n in ((1, 4), (2, 3)))
-        value_and_grads = value_and_sampled_grad(lambda p, x: x @ p["w"] + p["b"], Fixed(), scale=scale)
-        tx = tnt(0.03, damping=0.1, statistics_period=2, inverse_period=3)
-        whole, parts = (params, tx.init(params)), (params, tx.init(params))
-
-        @jax.jit
-        def advance(carry, *trees):
-            updates, opt_state = tx.update(trees[0], carry[1], carry[0], sampled_grads=trees[1])
-            return optax.apply_updates(carry[0], updates), opt_state
-
-        key = jax.random.key(3)
-        grads_of = jax.jit(
-            lambda p, x, y: [tree() if callable(tree) else tree for tree in value_and_grads(p, x, y, key)]
-        )
-        for x, y in zip(inputs, targets, strict=True):
-            whole = advance(whole, *grads_of(whole[0], x, y)[1:])
-            halves = [grads_of(parts[0], *half)[1:] for half in zip(jnp.split(x, 3), jnp.split(y, 3), strict=True)]
-            grads, sampled = (jax.tree.map(lambda *g: sum(g) / 3, *trees) for trees in zip(*halves, strict=True))
-            if scale == "fisher":
-                sampled = jax.tree.map(lambda g: g * math.sqrt(3), sampled)
-            parts = advance(parts, grads, sampled)
-        # Sums in another order, in float64.
-        chex.assert_trees_all_close(whole, parts, rtol=1e-9, atol=1e-10)
-
-
 def test_aux_is_returned_beside_the_loss():
     params, inputs = problem()
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tnt_optax import checks
-from tnt_optax.dtypes import float32_or_better
+from tnt_optax import checks, microbatches
+from tnt_optax.dtypes import as_float, float32_or_better
 
 
 class PredictiveDistribution(Protocol):
@@ -22,6 +22,11 @@ class PredictiveDistribution(Protocol):
 
     An object may also have a method `batch_size(outputs)`: over how many independent examples `loss` takes its
     mean. Without it, that is the length of the leading axis of the outputs.
+
+    One that holds arrays needs, for `microbatches`, a method `split(number)` too. It returns the same object with a
+    further leading axis of length `number` on all of its arrays, whose element j is the distribution of part j
+    (the examples j, j + number, j + 2 number, ...), and the floating-point shares, of shape (number,), that the parts'
+    losses have in the loss of the whole batch.
     """
 
     def loss(self, outputs: Any, targets: Any) -> jax.Array:
@@ -89,6 +94,19 @@ class Categorical:
         squares = jnp.sum(jnp.square(weights))
         return jnp.square(jnp.sum(weights)) / jnp.where(squares == 0, 1, squares)
 
+    def split(self, number: int) -> tuple["Categorical", jax.Array]:
+        """The parts' weights, and their shares of the total weight; see `PredictiveDistribution`.
+
+        Raises:
+          ValueError: `number` does not divide the leading axis of the weights.
+        """
+        if self.weights is None:
+            return self, microbatches.equal_shares(number)
+        (weights,) = microbatches.split(number, weights=self.weights)
+        totals = jnp.sum(as_float(weights).reshape(number, -1), axis=1)
+        total = jnp.sum(totals)
+        return Categorical(weights), totals / jnp.where(total == 0, 1, total)
+
     def _weights(self, outputs: jax.Array) -> jax.Array:
         weights = jnp.asarray(self.weights)
         _check_shape("weights", weights.shape, outputs.shape[:-1], f"outputs of shape {outputs.shape}")
@@ -152,13 +170,20 @@ class Normal:
         means = _at_least_float32(outputs)
         return means + jnp.sqrt(self._variance(means)) * jax.random.normal(key, means.shape, means.dtype)
 
+    def split(self, number: int) -> tuple["Normal", jax.Array]:
+        """The same variance for all parts, which count equally; see `PredictiveDistribution`.
+
+        One variance for each example of the batch, which does not broadcast to a part's outputs, is an error there.
+        """
+        return microbatches.stack(self, number), microbatches.equal_shares(number)
+
     def _variance(self, means: jax.Array) -> jax.Array:
         try:
             return jnp.broadcast_to(jnp.asarray(self.variance, means.dtype), means.shape)
         except ValueError:
             raise ValueError(
                 f"variance: expected a shape that broadcasts to the outputs' {means.shape}, "
-                f"got {jnp.shape(self.variance)}."
+                f"got {jnp.shape(self.variance)}. (With microbatches, it has to be the same for all examples.)"
             ) from None
 
 
