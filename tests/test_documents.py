@@ -102,6 +102,29 @@ def test_the_page_of_the_diagnostics_has_the_numbers_of_its_program():
         assert row in page
 
 
+def test_the_page_on_memory_has_the_numbers_of_its_program():
+    page = (ROOT / "docs/memory.md").read_text()
+    result = json.loads((ROOT / "docs/memory.json").read_text())
+    rows = {row["optimizer"]: row for row in result["state"]}
+    for name, row in rows.items():
+        cells = " | ".join(f"{count / 1e6:.0f}" for count in row["bytes"].values())
+        line = f"| {cells} | {row['total'] / 1e9:.2f} | {row['per_parameter']:.1f} |"
+        optimizer, _, options = name.partition(", ")
+        label = "".join(rf".*\b{int(number):,}\b" for number in re.findall(r"\d+", options))
+        shown = re.findall(rf"^\| {optimizer}\b{label}.* {re.escape(line)}$", page, re.MULTILINE)
+        assert any(("vectors" in row) == ("vectors" in name) for row in shown), name
+    epochs, dampings = (10, 20, 40), result["arguments"]["dampings"]
+    for storage, size in result["storages"].items():
+        losses = {
+            damping: [
+                run["train_loss"] for run in result["runs"] if (run["storage"], run["damping"]) == (storage, damping)
+            ]
+            for damping in dampings
+        }
+        means = [f"{np.mean([loss[e] for loss in losses[d]]):.2f}" for d in dampings for e in epochs]
+        assert f"| {storage} | {size / 1e9:.2f} | {' | '.join(means)} |" in page
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
