@@ -47,14 +47,18 @@ def data_and_params():
     return params, normal(64, 16), rng.integers(0, 8, 64)
 
 
-def trained(params, inputs, labels, *, steps=6, gather=lambda w: w, refresh_axis=None, warm_start=False, keep=True):
+def trained(
+    params, inputs, labels, *, steps=6, gather=lambda w: w, refresh_axis=None, warm_start=False, keep=True, parts=1
+):
     """Parameters, state and updates after some steps, and the initial state."""
 
     def forward(params, x):
         x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ gather(w)), None), x, params["layers"])
         return x @ gather(params["out"]) + gather(params["bias"])
 
-    value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical(), scale="fisher")
+    value_and_grads = tnt_optax.value_and_sampled_grad(
+        forward, tnt_optax.Categorical(), scale="fisher", microbatches=parts
+    )
     tx = tnt_optax.tnt(
         0.1,
         damping=0.1,
@@ -88,12 +92,10 @@ def gather_on(mesh):
 
 
 @functools.cache
-def on_one_device(warm_start=False):
+def on_one_device(**options):
     params, inputs, labels = data_and_params()
     with jax.default_device(jax.devices()[0]):
-        return jax.device_get(
-            trained(jax.tree.map(jnp.asarray, params), inputs, labels, warm_start=warm_start, keep=False)
-        )
+        return jax.device_get(trained(jax.tree.map(jnp.asarray, params), inputs, labels, keep=False, **options))
 
 
 def put(tree, mesh, specs):
@@ -136,6 +138,14 @@ def test_warm_start_on_a_mesh(mesh):
     ours = trained(params, *data, gather=gather_on(mesh), refresh_axis="data", warm_start=True)
     expected = on_one_device(warm_start=True)
     for x, y in zip(jax.tree.leaves(ours[:2]), jax.tree.leaves(expected[:2]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
+
+
+def test_microbatches_on_a_mesh(mesh):
+    params, inputs, labels = data_and_params()
+    params, data = put(params, mesh, SPECS["FSDP"]), put((inputs, labels), mesh, (P("data"), P("data")))
+    ours = trained(params, *data, gather=gather_on(mesh), parts=4)
+    for x, y in zip(jax.tree.leaves(ours[:2]), jax.tree.leaves(on_one_device(parts=4)[:2]), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
 
 

@@ -97,7 +97,7 @@ def weighted_sum(function: Callable[[Any], tuple[Any, Any]], like: Any, shares: 
     """sum_j shares[j] tree_j, where function(parts[j]) = (tree_j, rest_j), and all the rest_j, stacked.
 
     The parts are gone through one after the other (`jax.lax.scan`): only one of them is in memory. The sum has the
-    structure and shapes of `like`, and is in float32 or better.
+    structure, shapes and shardings of `like`, and is in float32 or better.
     """
 
     def body(total: Any, xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
@@ -105,7 +105,7 @@ def weighted_sum(function: Callable[[Any], tuple[Any, Any]], like: Any, shares: 
         tree, rest = function(part)
         return jax.tree.map(lambda t, x: t + share.astype(t.dtype) * x.astype(t.dtype), total, tree), rest
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), float32_or_better(x)), like)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), like)
     return lax.scan(body, zeros, (shares, parts))
 
 

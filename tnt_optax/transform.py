@@ -352,26 +352,8 @@ def _algorithm(
 
         view = views(gradients)
 
-        def as_tuples(name: str, matrices: Any) -> Any:
-            def of_one(path: KeyPath, gradient: jax.Array, v: Modes, some: Any) -> tuple[jax.Array, ...]:
-                # After a step, flax.nnx.Optimizer holds them as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
-                leaves = tuple(jax.tree.leaves(some))
-                batch, dims = batch_shape(v, gradient.shape), mode_dims(v, gradient.shape)
-                shapes = [leaf.shape for leaf in leaves]
-                if len(shapes) != len(dims) or any(
-                    shape not in ((*batch, d), (*batch, d, d)) for shape, d in zip(shapes, dims, strict=True)
-                ):
-                    raise ValueError(
-                        f"state: expected, for the parameter {keystr(path)} of shape {gradient.shape} viewed by {v}, "
-                        f"{name} of the shapes {[(*batch, d, d) for d in dims]}, got {shapes}: is it the state of "
-                        f"another model, or of other `modes`?"
-                    )
-                return leaves
-
-            return jax.tree_util.tree_map_with_path(of_one, gradients, view, matrices)
-
-        old_contractions = as_tuples("contractions", state.contractions)
-        old_inverses = as_tuples("inverses", state.inverses)
+        old_contractions = _in_tuples("contractions", state.contractions, gradients, view)
+        old_inverses = _in_tuples("inverses", state.inverses, gradients, view)
 
         def absorb() -> Any:
             tree = gradients
@@ -456,6 +438,25 @@ def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array)
     # An infinite norm does not tell how much to shorten: the step is then rejected, like all that is not finite.
     scale = jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
     return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction), exceeds
+
+
+def _in_tuples(name: str, matrices: Any, params: Any, view: Any) -> Any:
+    """The matrices of each parameter as a tuple, or an error if they are not those of its view."""
+
+    def of_one(path: KeyPath, x: jax.Array, v: Modes, some: Any) -> tuple[jax.Array, ...]:
+        # After a step, flax.nnx.Optimizer holds them as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
+        leaves = tuple(jax.tree.leaves(some))
+        batch, dims, shapes = batch_shape(v, x.shape), mode_dims(v, x.shape), [leaf.shape for leaf in leaves]
+        fits = [shape in ((*batch, d), (*batch, d, d)) for shape, d in zip(shapes, dims, strict=False)]
+        if len(shapes) != len(dims) or not all(fits):
+            raise ValueError(
+                f"state: expected, for the parameter {keystr(path)} of shape {x.shape} viewed by {v}, {name} of the "
+                f"shapes {[(*batch, d, d) for d in dims]}, got {shapes}: is it the state of another model, or of other "
+                f"`modes`?"
+            )
+        return leaves
+
+    return jax.tree_util.tree_map_with_path(of_one, params, view, matrices)
 
 
 def _all_finite(tree: Any) -> jax.Array:
