@@ -125,6 +125,15 @@ def test_the_page_on_memory_has_the_numbers_of_its_program():
         assert f"| {storage} | {size / 1e9:.2f} | {' | '.join(means)} |" in page
 
 
+def test_the_page_on_meshes_has_the_numbers_of_its_program():
+    page = (ROOT / "docs/meshes.md").read_text()
+    for rows in json.loads((ROOT / "docs/meshes.json").read_text())["models"].values():
+        for row in rows:
+            shares = " | ".join(f"{row[key]:.1%}" for key in ("largest", "largest_in_operations", "ideal", "one_mode"))
+            sizes = " | ".join(f"{row[key] / 1e6:.1f}" for key in ("parameters", "state"))
+            assert f"| {row['devices']} | {shares} | {sizes} |" in page
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

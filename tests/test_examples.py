@@ -40,6 +40,23 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_meshes(tmp_path):
+    result = program("meshes", "--devices", 1, 4, 8, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    one, four, eight = json.loads((tmp_path / "meshes.json").read_text())["models"]["MNIST autoencoder"]
+    lengths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    modes = [d for pair in itertools.pairwise(lengths) for d in (*pair, pair[1])]  # Of a kernel two, of a bias one.
+    numbers = sum((d + 1) * e for d, e in itertools.pairwise(lengths))
+    assert one["parameters"] == 4 * numbers
+    counters = 4 * 7
+    assert one["state"] == 4 * (numbers + 2 * sum(d * d for d in modes)) + counters
+    assert one["largest"] == one["ideal"] == 1
+    assert four["one_mode"] == pytest.approx(1000**3 / sum(d**3 for d in modes))
+    assert eight["ideal"] <= eight["one_mode"] <= eight["largest"] <= 1.3 * eight["ideal"]
+    # Of the parameters all but the bias of the code, of length 30, are divided by four.
+    assert four["parameters"] == numbers - 30 + 4 * 30
+
+
 def test_demo_help():
     result = program("demo", "--help")
     assert result.returncode == 0
