@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -53,8 +54,9 @@ def test_meshes(tmp_path):
     assert one["largest"] == one["ideal"] == 1
     assert four["one_mode"] == pytest.approx(1000**3 / sum(d**3 for d in modes))
     assert max(eight["ideal"], eight["one_mode"]) <= eight["largest"] <= 1.3 * eight["ideal"]
-    # Of the parameters all but the bias of the code, of length 30, are divided by four.
-    assert four["parameters"] == numbers - 30 + 4 * 30
+    shapes = [shape for pair in itertools.pairwise(lengths) for shape in (pair, pair[1:])]
+    divided = [int(np.prod(shape)) // (4 if any(d % 4 == 0 for d in shape) else 1) for shape in shapes]
+    assert four["parameters"] == 4 * sum(divided)
 
 
 def test_demo_help():

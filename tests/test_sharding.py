@@ -141,6 +141,24 @@ def test_warm_start_on_a_mesh(mesh):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
 
 
+def test_diagnostics_on_a_mesh(mesh):
+    params, inputs, labels = data_and_params()
+    state = trained(
+        put(params, mesh, SPECS["tensor parallel"]),
+        *put((inputs, labels), mesh, (P("data"), P("data"))),
+        gather=gather_on(mesh),
+    )[1]
+    grads = state[0].momentum
+    read = jax.jit(lambda state, g: tnt_optax.diagnostics(state, damping=0.1, grads=g, updates=g))
+    ours, expected = read(state, grads), read(on_one_device()[1], on_one_device()[1][0].momentum)
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        assert value.sharding.is_fully_replicated
+        if not name.endswith("condition"):  # Which is infinite, or rounding: a batch has fewer examples than U rows.
+            # See above; the smallest eigenvalues are rounding errors of the largest.
+            np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 def test_microbatches_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     params, data = put(params, mesh, SPECS["FSDP"]), put((inputs, labels), mesh, (P("data"), P("data")))

@@ -1,6 +1,7 @@
 """What an optimizer's state tells of the training, as numbers for a logger."""
 
 import collections
+import functools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from tnt_optax import checks, factors, states
+from tnt_optax import checks, factors, sharding, states
 from tnt_optax.dtypes import as_float, float32_or_better
 from tnt_optax.inversion import eigenvalues
 from tnt_optax.states import Found
@@ -22,7 +23,8 @@ def diagnostics(
     """Numbers by name, of the factors of every parameter and of the steps until now. Nothing is changed.
 
     It computes the eigenvalues of every factor, which takes longer than a refresh of the inverses: call it rarely,
-    inside `jax.jit` or not. (With a state that is stacked by `jax.vmap`, inside `jax.vmap`.)
+    inside `jax.jit` or not. (With a state that is stacked by `jax.vmap`, inside `jax.vmap`.) On a mesh of devices every
+    device gets all numbers.
 
     For mode i = 0, 1, ... of every parameter, with the factor U of Eq. (5) that belongs to the present statistics, its
     eigenvalues l_1 <= ... <= l_d (of a diagonal factor: its entries) and the damping eps. All are float32 (float64 for
@@ -77,6 +79,10 @@ def diagnostics(
     if (grads is None) != (updates is None):
         given, missing = ("grads", "updates") if updates is None else ("updates", "grads")
         raise ValueError(f"{missing}: expected together with {given}, got None.")
+    return sharding.everywhere(functools.partial(_read, damping))(opt_state, grads, updates)
+
+
+def _read(damping: NumberOrSchedule, opt_state: optax.OptState, grads: Any, updates: Any) -> dict[str, jax.Array]:
     found = states.find(opt_state)
     values: dict[str, jax.Array] = {}
     for state in found:

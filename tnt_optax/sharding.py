@@ -77,6 +77,13 @@ def keeping(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
     return jax.sharding.auto_axes(function, out_sharding=jax.tree.map(lambda x: jax.typeof(x).sharding, like))
 
 
+def everywhere(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, partitioned by the compiler, whose results are on every device of the mesh."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
+
+
 def over_devices(
     function: Callable[..., jax.Array], stacks: Sequence[Any], costs: Sequence[float], axis: AxisNames | None
 ) -> list[jax.Array]:
@@ -119,8 +126,8 @@ def over_devices(
         # Where a device has nothing it adds 0: the sum gives every device the results of all.
         return lax.psum(lax.switch(jnp.asarray(branch_of)[device], runs), axis)
 
-    everywhere = PartitionSpec()
-    divided = jax.shard_map(on_one_device, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    replicated = PartitionSpec()
+    divided = jax.shard_map(on_one_device, in_specs=replicated, out_specs=replicated, check_vma=False)
     return divided(list(stacks))
 
 
