@@ -3,7 +3,7 @@
 from tnt_optax.diagnosis import diagnostics
 from tnt_optax.drawing import draw_diagnostics
 from tnt_optax.fisher import value_and_sampled_grad
-from tnt_optax.modes import Modes
+from tnt_optax.modes import Modes, flax_modes
 from tnt_optax.predictive import Bernoulli, Categorical, Normal, PredictiveDistribution
 from tnt_optax.transform import HistoryState, RejectedState, TNTState, scale_by_tnt, tnt
 from tnt_optax.warmstart import warm_start
@@ -21,6 +21,7 @@ __all__ = [
     "TNTState",
     "diagnostics",
     "draw_diagnostics",
+    "flax_modes",
     "scale_by_tnt",
     "tnt",
     "value_and_sampled_grad",

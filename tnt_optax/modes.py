@@ -1,9 +1,10 @@
 """How a parameter is viewed as a tensor: which of its axes form which mode."""
 
 import dataclasses
+import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,53 @@ def default_modes(shape: tuple[int, ...]) -> Modes:
     if len(shape) >= 4:
         return Modes((axes[:-2], axes[-2:-1], axes[-1:]))
     return Modes(tuple((axis,) for axis in axes))
+
+
+def flax_modes(stacked: Iterable[str] = ()) -> ModesFn:
+    """Views for the parameters of Flax's own modules, Linen or NNX: `tnt(..., modes=flax_modes())`.
+
+    In attention (`nn.MultiHeadDotProductAttention`, `nnx.MultiHeadAttention`) heads and their elements are one mode: a
+    query, key or value kernel (width, heads, head_dim) is a matrix (width, heads * head_dim), as that of a dense layer,
+    the out kernel (heads * head_dim, width), and a bias (heads, head_dim) a vector. A convolution kernel has its
+    spatial axes merged, and every other parameter one mode an axis, as without `modes`.
+
+    Args:
+      stacked: names of modules, such as ("blocks",), wherever in a path they stand. Every parameter below them has a
+        leading axis that stacks layers (`nn.scan` with `variable_axes={"params": 0}`, `nnx.vmap` with `out_axes=0`),
+        and each layer gets factors of its own. What is not a name in any path has no effect.
+
+    Returns:
+      `modes(path, shape) -> Modes`. It raises a ValueError for a parameter below `stacked` that has no axes.
+
+    Raises:
+      TypeError: `stacked` is not an iterable of strings, or is a string itself.
+    """
+    names = None if isinstance(stacked, str) or not isinstance(stacked, Iterable) else tuple(stacked)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"stacked: expected names of modules, such as ('blocks',), got {stacked!r}.")
+
+    def modes(path: KeyPath, shape: tuple[int, ...]) -> Modes:
+        # DictKey, GetAttrKey and the others alike; a path in an `nnx.State` may end with the attribute `value`.
+        parts = [keystr((key,), simple=True) for key in path]
+        offset = int(not set(names).isdisjoint(parts))
+        if len(shape) < offset:
+            raise ValueError(
+                f"stacked={names!r}: expected a leading axis of layers in every parameter below, got {keystr(path)} of "
+                f"shape {shape}."
+            )
+        groups = default_modes(shape[offset:]).groups
+        for pair in itertools.pairwise(parts):
+            groups = _ATTENTION.get((*pair, len(shape) - offset), groups)
+        return Modes(tuple(tuple(axis + offset for axis in group) for group in groups), tuple(range(offset)))
+
+    return modes
+
+
+_ATTENTION = {  # module, parameter, number of axes
+    **{(name, "kernel", 3): ((0,), (1, 2)) for name in ("query", "key", "value")},
+    **{(name, "bias", 2): ((0, 1),) for name in ("query", "key", "value")},
+    ("out", "kernel", 3): ((0, 1), (2,)),
+}
 
 
 def resolve(modes: ModesFn | None, path: KeyPath, shape: tuple[int, ...]) -> Modes:
