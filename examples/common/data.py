@@ -1,5 +1,7 @@
-"""Real images as arrays in memory."""
+"""Real images and texts as arrays in memory."""
 
+import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,3 +119,40 @@ def faces(data_dir: Path | None = None, *, copies: tuple[int, int] = (345, 414),
 def load(dataset: str, data_dir: Path | None = None) -> Images:
     """The images of that name; `data_dir` is for those that don't come with scikit-learn."""
     return {"digits": digits, "mnist": lambda: mnist(data_dir), "faces": lambda: faces(data_dir)}[dataset]()
+
+
+class Texts(NamedTuple):
+    """Sequences of bytes of two disjoint sets of files: int32, (sequences, length), -1 where a file has ended."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def python_sources(length: int, *, test_share: float = 0.1, seed: int = 0) -> Texts:
+    """The source of Python's standard library as it is installed, without its tests: about 12 MB.
+
+    Args:
+      length: of a sequence, see `sequences`.
+      test_share: of the files, at least one of them.
+      seed: of which files these are.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    others = {"site-packages", "dist-packages", "test", "tests"}
+    files = sorted(path for path in folder.rglob("*.py") if others.isdisjoint(path.relative_to(folder).parts))
+    order = np.random.default_rng(seed).permutation(len(files))
+    number = max(round(test_share * len(files)), 1)
+    train, test = (
+        sequences((files[index].read_bytes() for index in chosen), length)
+        for chosen in (np.sort(order[number:]), np.sort(order[:number]))
+    )
+    return Texts(train, test)
+
+
+def sequences(texts: Iterable[bytes], length: int) -> np.ndarray:
+    """Each text cut into pieces of `length` bytes: int32, (pieces, length); the last one of each is padded with -1."""
+    rows = [np.zeros((0, length), np.int32)]
+    for text in texts:
+        padded = np.full((-(-len(text) // length), length), -1, np.int32)
+        padded.ravel()[: len(text)] = np.frombuffer(text, np.uint8)
+        rows.append(padded)
+    return np.concatenate(rows)

@@ -249,14 +249,61 @@ class Transformer(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(width // 64, width, decode=False, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
-        self.hidden = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.out = nnx.Linear(4 * width, width, rngs=rngs)
+    def __init__(self, width: int, heads: int | None = None, dtype: Any = jnp.float32, *, rngs: nnx.Rngs):
+        types = {"dtype": dtype, "param_dtype": dtype}
+        self.norm1 = nnx.LayerNorm(width, **types, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(heads or width // 64, width, decode=False, **types, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, **types, rngs=rngs)
+        self.hidden = nnx.Linear(width, 4 * width, **types, rngs=rngs)
+        self.out = nnx.Linear(4 * width, width, **types, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm1(x)
         x = x + self.attention(y, mask=nnx.make_causal_mask(y[..., 0]))
         return x + self.out(jax.nn.gelu(self.hidden(self.norm2(x))))
+
+
+class StackedTransformer(nnx.Module):
+    """The same, but the parameters of the layers are stacked, under `blocks`, and a scan runs them: compiled once.
+
+    Args:
+      vocabulary: how many tokens there are.
+      width: of the residual stream; the hidden layer has four times the width.
+      layers: how many.
+      heads: of attention; they divide the width.
+      length: the longest sequence.
+      dtype: of the parameters and the activations.
+      rngs: of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        layers: int,
+        heads: int,
+        length: int,
+        *,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        types = {"dtype": dtype, "param_dtype": dtype}
+        small = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Embed(vocabulary, width, embedding_init=small, **types, rngs=rngs)
+        self.positions = nnx.Embed(length, width, embedding_init=small, **types, rngs=rngs)
+
+        @nnx.split_rngs(splits=layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> _Layer:
+            return _Layer(width, heads, dtype, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.norm = nnx.LayerNorm(width, **types, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(block: _Layer, x: jax.Array) -> jax.Array:
+            return block(x)
+
+        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        return self.embedding.attend(self.norm(run(self.blocks, x)))

@@ -27,6 +27,8 @@ COLORS = {
     "KFAC": "tab:orange",
     "Shampoo": "tab:brown",
     "Adam": "tab:blue",
+    "AdamW": "tab:blue",
+    "Muon": "tab:olive",
     "SGD-m": "tab:green",
 }
 
@@ -79,9 +81,18 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
     console.print(table)
 
 
-def plot_curves(path: Path, title: str, curves: Mapping[str, Sequence[Curve]], *, log: bool = False) -> None:
+def plot_curves(
+    path: Path,
+    title: str,
+    curves: Mapping[str, Sequence[Curve]],
+    *,
+    log: bool = False,
+    per: str = "image",
+    epoch_steps: int | None = None,
+) -> None:
     """The training loss (solid, with a band of one standard deviation) and the test loss (dotted), both as means over
-    the seeds that did not diverge, against epochs and against seconds."""
+    the seeds that did not diverge, against epochs (or steps, if there are `epoch_steps` of them in one) and against
+    seconds; `per` says what the loss is the mean over."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     shown = []
     for name, of_seeds in curves.items():
@@ -94,7 +105,7 @@ def plot_curves(path: Path, title: str, curves: Mapping[str, Sequence[Curve]], *
         mean, deviation = train.mean(axis=1), train.std(axis=1)
         # The first loss, of the untrained model, would squeeze all the others together.
         shown.append(np.concatenate([train[1:].ravel(), test[1:].ravel()]))
-        for axis, x in ((left, np.arange(len(train))), (right, seconds.mean(axis=1))):
+        for axis, x in ((left, (epoch_steps or 1) * np.arange(len(train))), (right, seconds.mean(axis=1))):
             axis.plot(x, mean, color=COLORS.get(name), label=name)
             axis.plot(x, test.mean(axis=1), color=COLORS.get(name), linestyle=":", linewidth=1)
             axis.fill_between(x, mean - deviation, mean + deviation, color=COLORS.get(name), alpha=0.2, linewidth=0)
@@ -102,7 +113,9 @@ def plot_curves(path: Path, title: str, curves: Mapping[str, Sequence[Curve]], *
     losses = losses[np.isfinite(losses)]
     if losses.size:
         left.set_ylim(0.97 * losses.min(), 1.03 * np.quantile(losses, 0.99))
-    left.set(xlabel="epochs", ylabel="loss per image, nats", yscale="log" if log else "linear")
+    left.set(
+        xlabel="steps" if epoch_steps else "epochs", ylabel=f"loss per {per}, nats", yscale="log" if log else "linear"
+    )
     right.set(xlabel="seconds of training steps")
     right.legend(title="solid: training, dotted: test", loc="upper right")
     for axis in (left, right):

@@ -22,7 +22,9 @@ import tnt_optax
 class Problem:
     """What is trained: outputs = forward(params, inputs), a distribution of the targets, and the data.
 
-    For KFAC `forward` also takes a third argument, see `baselines.value_and_layer_factors`.
+    For KFAC `forward` also takes a third argument, see `baselines.value_and_layer_factors`. Where a pass over the data
+    is too long, `epoch_steps` steps on data drawn anew are an epoch, and the training loss is that of the first
+    `measured` examples.
     """
 
     name: str
@@ -32,10 +34,17 @@ class Problem:
     train: tuple[jax.Array, jax.Array]  # inputs, targets
     test: tuple[jax.Array, jax.Array]
     batch_size: int
+    epoch_steps: int | None = None  # None: a pass over the training data.
+    measured: int | None = None  # None: all.
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.train[0]) // self.batch_size
+        return self.epoch_steps or len(self.train[0]) // self.batch_size
+
+    def predictive_of(self, targets: jax.Array) -> tnt_optax.PredictiveDistribution:
+        """The distribution of these targets, for problems where it differs from batch to batch: a mask, say."""
+        del targets
+        return self.predictive
 
 
 @dataclasses.dataclass
@@ -133,9 +142,15 @@ class Trainer:
     ):
         self.problem, self.warm_start = problem, warm_start
         # The numbers live in the optimizer's state, so that one compiled step serves all of their values.
-        self.optimizer = optax.inject_hyperparams(optimizer)
-        if value_and_grads is None:
-            value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive, scale=scale)
+        self.optimizer = optax.inject_hyperparams(optimizer, hyperparam_dtype=jnp.float32)
+
+        def of_the_problem(params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> Any:
+            predictive = problem.predictive_of(targets)
+            return tnt_optax.value_and_sampled_grad(problem.forward, predictive, scale=scale)(
+                params, inputs, targets, key
+            )
+
+        value_and_grads = value_and_grads or of_the_problem
         of_a_part = sampled_on_a_part(value_and_grads, share)
 
         @functools.partial(jax.jit, static_argnames="tx", donate_argnames=("params", "opt_state"))
@@ -148,7 +163,7 @@ class Trainer:
         self._sampled_grads = jax.jit(lambda params, x, y, key: value_and_grads(params, x, y, key)[2]())
         self._jitted_step: Any = step
         self._step: Any = None
-        self._evaluate = jax.jit(lambda params, x, y: problem.predictive.loss(problem.forward(params, x), y))
+        self._evaluate = jax.jit(lambda params, x, y: problem.predictive_of(y).loss(problem.forward(params, x), y))
 
     def train(
         self,
@@ -156,18 +171,20 @@ class Trainer:
         hyperparams: Mapping[str, float],
         *,
         seed: int = 0,
+        params: Any = None,
         warm_start: int = 0,
         max_seconds: float = math.inf,
         folder: Path | None = None,
         on_step: Callable[[float], None] = lambda loss: None,
         on_epoch: Callable[[int], None] = lambda epochs: None,
     ) -> Curve:
-        """Trains from the problem's initial parameters; stops early where the loss is no longer finite.
+        """Trains from the initial parameters; stops early where the loss is no longer finite.
 
         Args:
           epochs: how many passes over the training data.
           hyperparams: of the optimizer.
           seed: of the order of the examples and of the sampled targets.
+          params: the initial parameters; None: the problem's.
           warm_start: how many batches the statistics absorb before the first step.
           max_seconds: no other epoch begins after so many seconds of steps.
           folder: for a checkpoint after every epoch, which is where the training goes on if it is there already.
@@ -176,7 +193,7 @@ class Trainer:
         """
         problem, key = self.problem, jax.random.key(seed)
         tx = self.optimizer(**hyperparams)
-        params = jax.tree.map(jnp.copy, problem.params)
+        params = jax.tree.map(jnp.copy, problem.params if params is None else params)
         opt_state = tx.init(params)
         if self._step is None:  # Compiled ahead, so that no second of it is counted.
             batch = next(batches(problem, 0, seed))
@@ -236,6 +253,7 @@ class Trainer:
         return sorted(trials, key=lambda trial: trial["loss"])
 
     def _record(self, curve: Curve, params: Any, seconds: float) -> None:
-        curve.train_loss.append(float(self._evaluate(params, *self.problem.train)))
+        measured = (x[: self.problem.measured] for x in self.problem.train)
+        curve.train_loss.append(float(self._evaluate(params, *measured)))
         curve.test_loss.append(float(self._evaluate(params, *self.problem.test)))
         curve.seconds.append(seconds + (curve.seconds[-1] if curve.seconds else 0.0))
