@@ -146,6 +146,7 @@ def optimizer(args: argparse.Namespace, name: str) -> Callable[..., optax.Gradie
         return tnt_optax.tnt(
             schedule(learning_rate, steps),
             damping=args.damping,
+            decay=0.95,
             trust_radius=args.trust_radius,
             statistics_period=args.statistics_period,
             inverse_period=args.inverse_period,
@@ -219,13 +220,13 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--steps", type=_integer, default=300, help="with the tuned learning rates")
-    parser.add_argument("--tuning-steps", type=_integer, default=150, help="for each point of the grid")
-    parser.add_argument("--measure-every", type=_integer, default=30, help="steps between two measured losses")
+    parser.add_argument("--tuning-steps", type=_integer, default=100, help="for each point of the grid")
+    parser.add_argument("--measure-every", type=_integer, default=50, help="steps between two measured losses")
     parser.add_argument("--width", type=_integer, default=64, help="of the transformer")
     parser.add_argument("--layers", type=_integer, default=4, help="of the transformer")
     parser.add_argument("--heads", type=_integer, default=4, help="of the attention; they divide --width")
     parser.add_argument("--context", type=_integer, default=128, help="bytes of a sequence")
-    parser.add_argument("--batch-size", type=_integer, default=16, help="sequences a step")
+    parser.add_argument("--batch-size", type=_integer, default=8, help="sequences a step")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters and the activations"
     )
@@ -240,19 +241,19 @@ def parse_args() -> argparse.Namespace:
         help="factors of each optimizer's usual learning rate: "
         + ", ".join(f"{rate:g} for {name}" for name, rate in USUAL_RATES.items()),
     )
-    parser.add_argument("--damping", type=_positive, default=0.1, help="TNT's")
+    parser.add_argument("--damping", type=_positive, default=0.03, help="TNT's")
     parser.add_argument(
         "--trust-radius",
         type=_positive,
-        default=0.1,
+        default=0.05,
         help="bounds TNT's steps: each changes the predictions by a KL divergence of at most about half its square, "
         "in nats per byte",
     )
     parser.add_argument(
-        "--statistics-period", type=_integer, default=5, help="T1: TNT samples labels every so many steps"
+        "--statistics-period", type=_integer, default=2, help="T1: TNT samples labels every so many steps"
     )
     parser.add_argument(
-        "--inverse-period", type=_integer, default=50, help="T2: TNT inverts its factors every so many steps"
+        "--inverse-period", type=_integer, default=20, help="T2: TNT inverts its factors every so many steps"
     )
     parser.add_argument("--seeds", type=_integer, default=1, help="how many trainings with the tuned learning rates")
     parser.add_argument(

@@ -176,7 +176,7 @@ def test_muon_gets_the_matrices_of_each_layer():
     ("arguments", "said"),
     [
         (["--heads", "3"], "--heads: 3 do not divide a --width of 64"),
-        (["--steps", "100"], "--measure-every: 30 does not divide the 100 --steps"),
+        (["--steps", "120"], "--measure-every: 50 does not divide the 120 --steps"),
         (["--tuning-steps", "40"], "the 40 --tuning-steps"),
         (["--layers", "0"], "--layers: expected an integer >= 1, got 0"),
         (["--grid", "nan"], "--grid: expected a finite number > 0, got nan"),
