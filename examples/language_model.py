@@ -209,7 +209,9 @@ def print_results(
     edges = {
         name
         for name, of_one in chosen.items()
-        if len(args.grid) > 1 and of_one["learning_rate"] / USUAL_RATES[name] in (min(args.grid), max(args.grid))
+        if len(args.grid) > 1
+        # The very products that were tried: a quotient may be off by a rounding.
+        and of_one["learning_rate"] in (min(args.grid) * USUAL_RATES[name], max(args.grid) * USUAL_RATES[name])
     }
     if edges:
         console.print(f"The best learning rate of {', '.join(sorted(edges))} lies on the edge of the grid: widen it.")

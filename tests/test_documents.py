@@ -134,6 +134,20 @@ def test_the_page_on_meshes_has_the_numbers_of_its_program():
             assert f"| {row['devices']} | {shares} | {sizes} |" in page
 
 
+def test_the_page_of_the_language_model_has_the_numbers_of_its_program():
+    page = (ROOT / "docs/language_model.md").read_text()
+    written = json.loads((ROOT / "docs/language_model.json").read_text())
+    assert f"{written['parameters']:,} parameters" in page
+    steps = written["arguments"]["steps"]
+    for name, curves in written["curves"].items():
+        train, test, seconds = (
+            np.mean([curve[key][-1] for curve in curves]) for key in ("train_loss", "test_loss", "seconds")
+        )
+        losses = f"{train:.2f} | {test:.2f} | {test / np.log(2):.2f}"
+        rate = written["chosen"][name]["learning_rate"]
+        assert f"| {name} | {rate:g} | {losses} | {seconds:.0f} | {1000 * seconds / steps:.0f} |" in page
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
