@@ -49,7 +49,7 @@ if args.virtual_devices:
 if args.coordinator:
     # A process whose peer is gone ends with an error after the heartbeat's time, instead of waiting for ever.
     jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=10)
-if args.batch_size % (args.mesh[0] * args.processes):
+if args.batch_size % args.mesh[0]:
     parser.error(f"--batch-size {args.batch_size} is no multiple of the {args.mesh[0]} devices along `data`.")
 if np.prod(args.mesh) != jax.device_count():
     parser.error(f"--mesh {args.mesh[0]} {args.mesh[1]} needs {np.prod(args.mesh)} devices, got {jax.device_count()}.")
@@ -89,11 +89,14 @@ train_step = jax.jit(train_step, donate_argnames="state", out_shardings=(shardin
 
 
 def my_part_of_batch(step: int) -> jax.Array:
-    """Every process loads its own part only; together they are one array, divided over `data`."""
-    mine = np.random.default_rng(step).choice(len(images.train), args.batch_size, replace=False)
-    mine = np.split(mine, args.processes)[args.process]
+    """Every process loads what its own devices hold; together that is one array, divided over `data`."""
+    chosen = np.random.default_rng(step).choice(len(images.train), args.batch_size, replace=False)
     sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data"))
-    return jax.make_array_from_process_local_data(sharding, images.train[mine])
+
+    def load(index):  # Processes whose devices stand side by side along `model` load the same.
+        return images.train[chosen[index[0]]]
+
+    return jax.make_array_from_callback((args.batch_size, *images.train.shape[1:]), sharding, load)
 
 
 # What a checkpoint is of. Orbax's own error for another model or other modes would be hundreds of lines long.

@@ -60,11 +60,13 @@ def losses_and_digests(running):
     return [loss for loss, _ in lines], {digest for _, digest in lines}
 
 
-def test_two_processes_hold_the_same_and_what_one_alone_would(tmp_path):
-    losses, digests = losses_and_digests(start(tmp_path / "two", 2, "--mesh", 2, 2, "--steps", 20))
+# Along `data` the processes hold different images, along `model` the same.
+@pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
+def test_two_processes_hold_the_same_and_what_one_alone_would(tmp_path, mesh):
+    losses, digests = losses_and_digests(start(tmp_path / "two", 2, "--mesh", *mesh, "--steps", 20))
     assert len(losses) == 2
     assert len(digests) == 1  # Bit for bit: parameters, momentum, statistics, inverses, counters.
-    (alone,), _ = losses_and_digests(start(tmp_path / "one", 1, "--mesh", 2, 2, "--steps", 20))
+    (alone,), _ = losses_and_digests(start(tmp_path / "one", 1, "--mesh", *mesh, "--steps", 20))
     # The same float32 sums, but over the network in an order of its own; the loss falls from 44 to 27 in these steps.
     assert losses == pytest.approx([alone] * 2, rel=1e-3)
 
