@@ -211,6 +211,8 @@ def test_errors():
     for wrong in (0, ("data", 1), ()):
         with pytest.raises(TypeError, match="refresh_axis: expected None, the name of a mesh axis"):
             tnt_optax.tnt(0.1, refresh_axis=wrong)
+    with pytest.raises(ValueError, match=r"refresh_axis: expected each mesh axis once, got \('data', 'data'\)"):
+        tnt_optax.tnt(0.1, refresh_axis=("data", "data"))
 
 
 @pytest.mark.parametrize("traced", [False, True])

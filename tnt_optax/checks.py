@@ -45,10 +45,12 @@ def check_period(name: str, value: Any) -> None:
 
 
 def check_axis_names(name: str, value: Any) -> None:
-    """None, the name of a mesh axis, or a tuple of names."""
+    """None, the name of a mesh axis, or a tuple of different names."""
     names = value if isinstance(value, tuple) and value else (value,)
     if value is not None and not all(isinstance(axis, str) for axis in names):
         raise TypeError(f"{name}: expected None, the name of a mesh axis, or a tuple of such names, got {value!r}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{name}: expected each mesh axis once, got {value!r}.")
 
 
 def _is_number(name: str, value: Any) -> bool:
