@@ -232,6 +232,17 @@ def test_a_sharded_axis_merged_behind_another_is_an_error(mesh, traced):
     with_spec(None, "data", shape=(1, 4, 16))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_axis_divided_into_one_part_may_be_merged(kind):
+    tx = tnt_optax.tnt(0.1, damping=1.0, modes=lambda path, shape: Modes(((0, 1), (2,))), fisher="empirical")
+    mesh, kernel = jax.make_mesh((8, 1), BOTH, axis_types=(kind, kind)), jnp.sin(jnp.arange(64.0)).reshape(8, 4, 2)
+    expected, _ = tx.update(kernel, tx.init(kernel), kernel)
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(kernel, NamedSharding(mesh, P("data", "model")))
+        ours, _ = jax.jit(tx.update)(divided, tx.init(divided), divided)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)  # Two orders of the same float32 sums.
+
+
 def test_a_state_of_other_modes_is_an_error():
     params = {"kernel": jnp.ones((3, 4, 5))}
     state = tnt_optax.tnt(0.1).init(params)

@@ -48,7 +48,8 @@ def check_modes(where: str, x: Any, view: Modes) -> None:
     for group in view.groups:
         longer = [axis for axis in group if x.shape[axis] > 1]
         for axis in longer[1:]:
-            if axis < len(sharding.spec) and _names(sharding.spec[axis]):
+            names = _names(sharding.spec[axis]) if axis < len(sharding.spec) else ()
+            if math.prod(sharding.mesh.shape[name] for name in names) > 1:
                 raise ValueError(
                     f"{where}: the mode {group} merges axis {axis}, which is divided over the mesh axis "
                     f"{sharding.spec[axis]!r}, behind axis {longer[0]}, and the merged axis cannot be divided so. Make "
