@@ -159,6 +159,17 @@ def test_diagnostics_on_a_mesh(mesh):
             np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_within_a_shard_map_over_some_of_the_axes(mesh):
+    tx = tnt_optax.tnt(0.1, damping=1.0, fisher="empirical")
+    params = {"w": jnp.sin(jnp.arange(16.0)).reshape(8, 2)}
+
+    def updates(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    on_a_mesh = jax.shard_map(updates, in_specs=P(), out_specs=P(), axis_names={"data"})
+    np.testing.assert_allclose(jax.jit(on_a_mesh)(params)["w"], updates(params)["w"], rtol=1e-5, atol=1e-6)
+
+
 def test_microbatches_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     params, data = put(params, mesh, SPECS["FSDP"]), put((inputs, labels), mesh, (P("data"), P("data")))
@@ -213,6 +224,15 @@ def test_errors():
             tnt_optax.tnt(0.1, refresh_axis=wrong)
     with pytest.raises(ValueError, match=r"refresh_axis: expected each mesh axis once, got \('data', 'data'\)"):
         tnt_optax.tnt(0.1, refresh_axis=("data", "data"))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_explicit_axes_without_a_mesh_in_context_are_an_error(jitted):
+    tx = tnt_optax.tnt(0.1, fisher="empirical")
+    params = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh_of(AxisType.Explicit), P("data")))}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"Explicit axes \('data', 'model'\).*call it under jax.set_mesh"):
+        (jax.jit(tx.update) if jitted else tx.update)(params, state, params)
 
 
 @pytest.mark.parametrize("traced", [False, True])

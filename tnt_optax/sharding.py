@@ -72,10 +72,22 @@ def keeping(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
     """`function`, partitioned by the compiler, whose results lie on the mesh as the arrays of `like` do.
 
     Where the axes of the mesh are Explicit, JAX would else ask at every product how its result is to be divided.
+
+    Raises:
+      ValueError: `like` lies on a mesh with Explicit axes, but no mesh is in context.
     """
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return function
-    return jax.sharding.auto_axes(function, out_sharding=jax.tree.map(lambda x: jax.typeof(x).sharding, like))
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    if explicit := _explicit_axes(jax.sharding.get_abstract_mesh()):
+        # Not the shardings themselves: an array made before the mesh, a counter say, has another mesh or none.
+        specs = jax.tree.map(lambda one: one.spec, shardings)
+        return jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)
+    for one in jax.tree.leaves(shardings):
+        if _explicit_axes(one.mesh):
+            raise ValueError(
+                f"state: expected, on a mesh with the Explicit axes {_explicit_axes(one.mesh)}, a mesh in context, got "
+                f"none: call it under jax.set_mesh(mesh)."
+            )
+    return function
 
 
 def everywhere(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,6 +165,11 @@ def _padded(rows: list[list[int]]) -> np.ndarray:
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
     return table
+
+
+def _explicit_axes(mesh: Any) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
 def _sharding(x: Any) -> Any:
