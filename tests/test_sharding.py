@@ -159,6 +159,17 @@ def test_diagnostics_on_a_mesh(mesh):
             np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_diagnostics_of_a_divided_stack_are_on_every_device(mesh, jitted):
+    tx = tnt_optax.tnt(0.1, modes=stacked)
+    with jax.set_mesh(None):  # The counters are on no mesh.
+        state = tx.init(jax.device_put(jnp.ones((8, 4, 6)), NamedSharding(mesh, P("data"))))
+    assert not state[0].contractions[0].sharding.is_fully_replicated
+    read = functools.partial(tnt_optax.diagnostics, damping=0.1)
+    for name, value in (jax.jit(read) if jitted else read)(state).items():
+        assert value.sharding.is_fully_replicated, name
+
+
 def test_within_a_shard_map_over_some_of_the_axes(mesh):
     tx = tnt_optax.tnt(0.1, damping=1.0, fisher="empirical")
     params = {"w": jnp.sin(jnp.arange(16.0)).reshape(8, 2)}

@@ -91,10 +91,18 @@ def keeping(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
 
 
 def everywhere(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, partitioned by the compiler, whose results are on every device of the mesh."""
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+    """`function`, partitioned by the compiler, whose results are on every device of the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if explicit := _explicit_axes(mesh):
+        function = jax.sharding.auto_axes(function, axes=explicit, out_sharding=PartitionSpec())
+    if AxisType.Auto not in mesh.axis_types:
         return function
-    return jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
+    return lambda *args: _replicated(function(*args))
+
+
+@jax.jit  # Which also takes arrays that were made before the mesh.
+def _replicated(tree: Any) -> Any:
+    return lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def over_devices(
