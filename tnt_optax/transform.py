@@ -198,8 +198,9 @@ def tnt(
       `HistoryState`, ...).
 
     Raises:
-      ValueError: a number out of its range, or an unknown `fisher`. From `update`: `sampled_grads` missing, or of
-        another structure or shape than the gradients.
+      ValueError: a number out of its range, or an unknown `fisher`. From `init`: a mode that merges an axis which is
+        divided over a mesh behind another. From `update`: `sampled_grads` missing, or of another structure or shape
+        than the gradients; a state of other `modes`; a `refresh_axis` that is no axis of the mesh in context.
       TypeError: an argument of a wrong type, or (from `init` and `update`) a parameter that is not real and floating.
     """
     if learning_rate is not None and not callable(learning_rate):
