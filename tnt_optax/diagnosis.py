@@ -120,16 +120,16 @@ def _of_the_parameters(state: Found, eps: jax.Array, grads: Any, updates: Any) -
     values: dict[str, jax.Array] = {}
 
     factors_of = {
-        (name, mode): _factors(mode, matrices, size)
-        for name, matrices, size in zip(names, contractions, sizes, strict=True)
+        (index, mode): _factors(mode, matrices, size)
+        for index, (matrices, size) in enumerate(zip(contractions, sizes, strict=True))
         for mode in range(len(matrices))
         if size
     }
-    for (name, mode), (factor, spectrum) in _with_spectra(factors_of).items():
-        matrix = contractions[names.index(name)][mode]
+    for (index, mode), (factor, spectrum) in _with_spectra(factors_of).items():
+        matrix = contractions[index][mode]
         stack = matrix.shape[: matrix.ndim - factor.ndim + 1]
         for what, value in _of_a_factor(factor, spectrum, eps.astype(factor.dtype)).items():
-            values[f"{name}mode_{mode}/{what}"] = value.reshape(stack)
+            values[f"{names[index]}mode_{mode}/{what}"] = value.reshape(stack)
 
     if state.history is not None:
         count, refreshed = _array(state.tnt.count), _array(state.history.refreshed)

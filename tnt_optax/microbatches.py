@@ -70,7 +70,7 @@ def split_distribution(predictive: Any, number: int) -> tuple[Any, jax.Array]:
                 f"predictive: expected a pytree, because it has a method 'split', got {type(predictive).__name__}: "
                 f"register it, for example with jax.tree_util.register_dataclass."
             )
-        return None, equal_shares(number)
+        return None, uniform_shares(number)
     if hasattr(predictive, "split"):
         return predictive.split(number)
     for path, leaf in jax.tree_util.tree_leaves_with_path(predictive):
@@ -80,7 +80,7 @@ def split_distribution(predictive: Any, number: int) -> tuple[Any, jax.Array]:
                 f"split(number) that says which of them belong to which microbatch (see PredictiveDistribution), got "
                 f"{type(predictive).__name__} with an array of shape {jnp.shape(leaf)} at {keystr(path)}."
             )
-    return stack(predictive, number), equal_shares(number)
+    return stack(predictive, number), uniform_shares(number)
 
 
 def stack(tree: Any, number: int) -> Any:
@@ -88,7 +88,7 @@ def stack(tree: Any, number: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *jnp.shape(x))), tree)
 
 
-def equal_shares(number: int) -> jax.Array:
+def uniform_shares(number: int) -> jax.Array:
     """1 / number for each part."""
     return as_float(jnp.full(number, 1 / number))
 

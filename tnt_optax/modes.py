@@ -47,7 +47,7 @@ def flax_modes(stacked: Iterable[str] = ()) -> ModesFn:
     query, key or value kernel (width, heads, head_dim) is a matrix (width, heads * head_dim), as that of a dense layer,
     the out kernel (heads * head_dim, width), and a bias (heads, head_dim) a vector. A convolution kernel has its
     spatial axes merged, and every other parameter one mode an axis, as without `modes`. (Attention is told by these
-    names: do not name a convolution over one axis "out".)
+    names and the number of axes: do not give them to a convolution over one axis, or to a dense layer of three.)
 
     Args:
       stacked: names of modules, such as ("blocks",), wherever in a path they stand. Every parameter below them has a

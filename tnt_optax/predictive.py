@@ -101,7 +101,7 @@ class Categorical:
           ValueError: `number` does not divide the leading axis of the weights.
         """
         if self.weights is None:
-            return self, microbatches.equal_shares(number)
+            return self, microbatches.uniform_shares(number)
         (weights,) = microbatches.split(number, weights=self.weights)
         totals = jnp.sum(as_float(weights).reshape(number, -1), axis=1)
         total = jnp.sum(totals)
@@ -175,7 +175,7 @@ class Normal:
 
         One variance for each example of the batch, which does not broadcast to a part's outputs, is an error there.
         """
-        return microbatches.stack(self, number), microbatches.equal_shares(number)
+        return microbatches.stack(self, number), microbatches.uniform_shares(number)
 
     def _variance(self, means: jax.Array) -> jax.Array:
         try:
