@@ -1,7 +1,8 @@
 """The paper's autoencoders (Section 6.1, Figure 2): TNT beside KFAC, Shampoo, Adam and SGD with momentum.
 
 "TNT" and the baselines have the settings that its authors published for MNIST, statistics at every step, inverses every
-20, and a warm start of one pass over the data; "TNT, bounded" has this library's `scale="fisher"` and a `trust_radius`.
+20, and a warm start of one pass over the data; "TNT, bounded" has this library's `scale="fisher"`, a `trust_radius`
+that falls, and a period of its own for the inverses.
 What was begun and interrupted goes on where it was.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from common import data, report
-from common.methods import PUBLISHED, methods
+from common.methods import PUBLISHED, Bound, methods
 from common.problems import autoencoder_problem
 from common.training import Curve
 from rich.console import Console
@@ -32,13 +33,13 @@ class Dataset:
     batch_size: int
     epochs: int
     predictive: Any
-    trust_radius: float
+    bound: Bound
 
 
 DATASETS = {
-    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), 0.1),
-    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), 1.0),
-    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), 1.0),
+    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), Bound(0.1, 0.1)),
+    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), Bound(1.5, 0.3, 300, 5)),
+    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), Bound(1.0, 1.0)),
 }
 
 
@@ -49,9 +50,7 @@ def main() -> None:
         images = data.load(args.dataset, args.data_dir)
     except FileNotFoundError as error:
         raise SystemExit(f"--data-dir: {error}") from None
-    line_up = methods(
-        statistics_period=args.statistics_period, inverse_period=args.inverse_period, trust_radius=args.trust_radius
-    )
+    line_up = methods(statistics_period=args.statistics_period, inverse_period=args.inverse_period, bound=args.bound)
     predictive = DATASETS[args.dataset].predictive
     settings = {name: dict(PUBLISHED[name]) for name in args.optimizers}
     tuning: dict[str, list[dict[str, float]]] = {}
@@ -115,16 +114,19 @@ def folder_of_run(
 ) -> Path:
     """Where the checkpoints of this run are: all that makes it what it is, is in the name."""
     numbers = "_".join(f"{value:g}" for value in settings.values())
-    radius = f"_{args.trust_radius:g}" if name == "TNT, bounded" else ""
+    bound = "".join(f"_{value:g}" for value in dataclasses.astuple(args.bound)) if name == "TNT, bounded" else ""
     run = f"{problem}_batch{args.batch_size}_T{args.statistics_period}_{args.inverse_period}_warm{warm_start}"
-    return args.out / "checkpoints" / run.replace(" ", "_") / f"{name}_{numbers}{radius}_seed{seed}".replace(" ", "_")
+    return args.out / "checkpoints" / run.replace(" ", "_") / f"{name}_{numbers}{bound}_seed{seed}".replace(" ", "_")
 
 
 def write(stem: Path, args: argparse.Namespace, settings: Any, tuning: Any, curves: dict[str, list[Curve]]) -> None:
     report.save_json(
         stem.with_suffix(".json"),
         {
-            "arguments": {key: value for key, value in vars(args).items() if not isinstance(value, Path)},
+            "arguments": {
+                **{key: value for key, value in vars(args).items() if not isinstance(value, Path)},
+                "bound": dataclasses.asdict(args.bound),
+            },
             "machine": report.machine(),
             "settings": settings,
             "tuning": tuning,
@@ -209,14 +211,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images a step (default: what fits)")
     parser.add_argument("--widths", type=int, nargs="+", help="of the encoder's layers (default: what fits)")
     parser.add_argument("--statistics-period", type=int, default=1, help="T1")
-    parser.add_argument("--inverse-period", type=int, default=20, help="T2")
-    parser.add_argument("--trust-radius", type=float, help='of "TNT, bounded" (default: what fits)')
+    parser.add_argument("--inverse-period", type=int, default=20, help='T2, but of "TNT, bounded"')
+    parser.add_argument(
+        "--bound",
+        type=float,
+        nargs=4,
+        metavar=("FIRST", "LAST", "STEPS", "PERIOD"),
+        help='of "TNT, bounded": its trust radius falls from the first to the last in so many steps; its T2 '
+        "(default: what fits)",
+    )
     parser.add_argument("--warm-start", type=int, help="of how many batches (default: of one pass over the data)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for what is written")
     args = parser.parse_args()
     if args.data_dir and args.dataset == "digits":
         parser.error("--data-dir goes with --dataset mnist or faces: the digits come with scikit-learn.")
-    for name in ("widths", "batch_size", "epochs", "trust_radius"):
+    if args.bound:
+        first, last, steps, period = args.bound
+        args.bound = Bound(first, last, int(steps), int(period))
+    for name in ("widths", "batch_size", "epochs", "bound"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(DATASETS[args.dataset], name))
     return args

@@ -13,12 +13,31 @@ from common.training import Problem, Trainer
 # What the authors published for their MNIST autoencoder; Adam's damping is its epsilon. "TNT, bounded" is not theirs.
 PUBLISHED: dict[str, dict[str, float]] = {
     "TNT": {"learning_rate": 1e-4, "damping": 0.1},
-    "TNT, bounded": {"learning_rate": 0.1, "damping": 1.0},
+    "TNT, bounded": {"learning_rate": 0.1, "damping": 0.5},
     "KFAC": {"learning_rate": 3e-3, "damping": 0.3},
     "Shampoo": {"learning_rate": 3e-4, "damping": 3e-4},
     "Adam": {"learning_rate": 1e-4, "damping": 1e-4},
     "SGD-m": {"learning_rate": 3e-3},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What "TNT, bounded" has besides learning rate and damping.
+
+    Attributes:
+      first, last: of the trust radius, which falls exponentially from the one to the other ...
+      steps: ... in so many steps.
+      inverse_period: its T2.
+    """
+
+    first: float = 1.0
+    last: float = 1.0
+    steps: int = 1
+    inverse_period: int = 20
+
+    def trust_radius(self) -> optax.Schedule:
+        return optax.exponential_decay(self.first, self.steps, self.last / self.first, end_value=self.last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +59,13 @@ class Method:
         return Trainer(problem, self.optimizer, **self.observing(problem))
 
 
-def methods(*, statistics_period: int = 1, inverse_period: int = 20, trust_radius: float = 1.0) -> dict[str, Method]:
+def methods(*, statistics_period: int = 1, inverse_period: int = 20, bound: Bound = Bound()) -> dict[str, Method]:
     """By name. "TNT, bounded" is this library's: `scale="fisher"` and a bound on the steps.
 
     Args:
       statistics_period: T1 of all that have statistics.
-      inverse_period: T2 of the same.
-      trust_radius: of "TNT, bounded".
+      inverse_period: T2 of the same, but for "TNT, bounded".
+      bound: of "TNT, bounded".
     """
 
     def damped(optimizer: Callable[..., Any], **fixed: Any) -> Callable[..., optax.GradientTransformation]:
@@ -54,9 +73,7 @@ def methods(*, statistics_period: int = 1, inverse_period: int = 20, trust_radiu
         return lambda learning_rate, damping: optimizer(
             learning_rate,
             damping=damping,
-            statistics_period=statistics_period,
-            inverse_period=inverse_period,
-            **fixed,
+            **{"statistics_period": statistics_period, "inverse_period": inverse_period, **fixed},
         )
 
     def adam(learning_rate: Any, damping: Any) -> optax.GradientTransformation:
@@ -73,7 +90,9 @@ def methods(*, statistics_period: int = 1, inverse_period: int = 20, trust_radiu
 
     return {
         "TNT": Method(damped(tnt_optax.tnt), lambda _: {"scale": "mean"}),
-        "TNT, bounded": Method(damped(tnt_optax.tnt, trust_radius=trust_radius)),
+        "TNT, bounded": Method(
+            damped(tnt_optax.tnt, trust_radius=bound.trust_radius(), inverse_period=bound.inverse_period)
+        ),
         "KFAC": Method(damped(baselines.kfac), observing(baselines.value_and_layer_factors)),
         "Shampoo": Method(damped(baselines.shampoo), observing(baselines.value_and_gradient_twice)),
         "Adam": Method(adam, warm_start=False),
