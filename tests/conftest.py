@@ -1,4 +1,4 @@
-"""Settings for all tests: strict dtype promotion, eight virtual devices, and one cache of compiled programs."""
+"""Settings for all tests: strict dtype promotion, and one cache of compiled programs for all processes."""
 
 import os
 from pathlib import Path
@@ -13,8 +13,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
-
-jax.config.update("jax_num_cpu_devices", 8)  # What is not told to use them all stays on the first.
 
 
 @pytest.fixture(autouse=True)

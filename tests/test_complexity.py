@@ -106,6 +106,7 @@ def test_operations_of_adam():
     assert 12 * 40 * 24 <= counted <= 12 * 40 * 24 + 20  # The corrections' denominators, once.
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
     pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
     result = program("complexity", "--batch-size", 32, "--max-dim", 128, "--out", tmp_path)

@@ -42,7 +42,11 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS)
+# `tnt` is `scale_by_tnt` with more around it: two of the latter's are left to `make test-all`.
+SLOW = ("scale_by_tnt-tree", "scale_by_tnt-empirical")
+
+
+@pytest.fixture(params=[pytest.param(v, marks=[pytest.mark.slow] * (v in SLOW)) for v in VARIANTS])
 def variant(request):
     return VARIANTS[request.param]
 

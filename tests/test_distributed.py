@@ -61,7 +61,7 @@ def losses_and_digests(running):
 
 
 # Along `data` the processes hold different images, along `model` the same.
-@pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
+@pytest.mark.parametrize("mesh", [(2, 2), pytest.param((1, 4), marks=pytest.mark.slow)])
 def test_two_processes_hold_the_same_and_what_one_alone_would(tmp_path, mesh):
     losses, digests = losses_and_digests(start(tmp_path / "two", 2, "--mesh", *mesh, "--steps", 20))
     assert len(losses) == 2

@@ -77,6 +77,7 @@ def test_demo_says_what_is_wrong(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_stability(tmp_path):
     options = ("--dataset", "digits", "--seeds", 1, "--epochs", 1, "--batch-size", 400, "--widths", 32, 8)
     result = program("stability", *options, "--out", tmp_path)
@@ -87,6 +88,7 @@ def test_stability(tmp_path):
     assert all(len(run["losses"]) == 3 for run in runs)
 
 
+@pytest.mark.slow
 def test_fraction(tmp_path):
     result = program("fraction", "--epochs", 1, "--seeds", 1, "--shares", 1, 4, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -149,6 +151,7 @@ def test_autoencoder_within_a_budget(tmp_path):
     assert len(curve["train_loss"]) == 2
 
 
+@pytest.mark.slow
 def test_bench(tmp_path):
     peers = ["Adam", "Muon", "TNT (10, 100)", "TNT (1, 20), 20 parts", "TNT-EF (1, 20)", "Shampoo (1, 20)"]
     options = ("--models", "autoencoder", "--steps", 2, "--rounds", 1, "--widths", 16, "--depths", 2, "--skip", *peers)

@@ -55,6 +55,7 @@ def test_under_a_large_damping_all_directions_are_the_gradients():
     assert np.all(np.abs(cosines["TNT"]) < 0.9)
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
     result = program("fisher_cosine", "--steps", 2, "--batch-size", 64, "--out", tmp_path)
     assert result.returncode == 0, result.stderr

@@ -74,6 +74,7 @@ def assert_variance(weights, variance):
     np.testing.assert_allclose(np.mean(weights), 0, atol=5 * math.sqrt(variance / weights.size))
 
 
+@pytest.mark.slow
 def test_initial_weights_of_the_resnet():
     params = params_of(lambda: ResNet32(10, rngs=nnx.Rngs(0)))
     kernels = [params["conv"]["kernel"], params["out"]["kernel"]]
@@ -87,6 +88,7 @@ def test_initial_weights_of_the_resnet():
     assert not any(np.any(x) for x in biases.values())
 
 
+@pytest.mark.slow
 def test_initial_weights_of_the_vgg16():
     params = params_of(lambda: VGG16(100, width_divisor=8, rngs=nnx.Rngs(0)))
     for conv in params["convs"].values():
@@ -469,6 +471,7 @@ def test_a_training_that_diverges_stops():
 # The program
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path):
     sizes = ("--examples", 256, "--batch-size", 64, "--epochs", 3, "--channels", 2, "--warm-start-batches", 2)
     names = ("TNT", "SGD-m")  # To compile all five takes twice as long.

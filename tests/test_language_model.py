@@ -73,9 +73,9 @@ def test_python_sources():
         assert file.read(4096) in begun
     with open(pytest.__file__, "rb") as file:  # and one that is not.
         assert file.read(4096) not in begun
-    assert not {row.tobytes() for row in texts.train[texts.train[:, -1] >= 0]} & {
-        row.tobytes() for row in texts.test[texts.test[:, -1] >= 0]
-    }
+    train, test = ({row.tobytes() for row in part[part[:, -1] >= 0]} for part in texts)
+    # Whole files are on one side. (A distribution's library may hold a few blocks twice, in files that were copied.)
+    assert len(train & test) < 0.01 * min(len(train), len(test))
 
 
 def test_padded_positions_do_not_matter():

@@ -69,6 +69,7 @@ def test_storages(storage):
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path):
     small = ("--seeds", 1, "--epochs", 1, "--dampings", 0.1, "--max-dims", 256, "--batch-size", 512)
     result = program("memory", *small, "--out", tmp_path)
