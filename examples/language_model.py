@@ -28,7 +28,7 @@ from rich.console import Console
 
 import tnt_optax
 
-USUAL_RATES = {"TNT": 0.1, "AdamW": 1e-2, "Muon": 2e-2}
+USUAL_RATES = {"TNT": 0.1, "AdamW": 3e-3, "Muon": 3e-3}
 WARM_START = 10  # batches
 MEASURED_BYTES = 16_384
 MODES = tnt_optax.flax_modes(stacked=("blocks",))
