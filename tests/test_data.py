@@ -27,6 +27,7 @@ def test_people_are_disjoint_and_pixels_standardized(tmp_path):
     np.testing.assert_allclose(pixels.var(axis=0).mean(), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_angles_scales_and_seed(tmp_path):
     # One picture is a ramp, whose copies are ramps again: their slopes tell the angles and the scales. The others are
     # black, and so show what was subtracted.

@@ -45,6 +45,7 @@ def test_block_fisher_against_numpy():
         np.testing.assert_allclose(mine, truth, rtol=1e-3, atol=1e-6)  # float32 products of a few layers
 
 
+@pytest.mark.slow
 def test_under_a_large_damping_all_directions_are_the_gradients():
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
         cosines, _ = fisher_cosine.compare(problem(600), widths=WIDTHS, batch_size=500, steps=4, damping=1e6)
