@@ -8,6 +8,7 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 from common import data, models
+from common.training import refuse_another_run
 from flax import nnx
 from rich.progress import track
 
@@ -47,9 +48,7 @@ handlers = ocp.handlers.create_default_handler_registry(default=ocp.StandardChec
 with ocp.CheckpointManager(args.directory.resolve(), options=options, handler_registry=handlers) as manager:
     start = manager.latest_step() or 0  # Of the complete ones: what a killed run left half written is not listed.
     saved = manager.metadata(start).custom_metadata if start else run
-    for name in run | saved:  # Orbax's own error would be hundreds of lines long.
-        if (there := saved.get(name, "missing")) != (here := run.get(name, "missing")):
-            raise SystemExit(f"{args.directory} is of another run: {name} is {there} there, and {here} here.")
+    refuse_another_run(args.directory, saved, run)
     state = manager.restore(start, args=ocp.args.StandardRestore(target)) if start else initial(nnx.as_pure(params))
     for step in track(range(start, args.steps), "train"):
         state = train_step(*state)

@@ -24,6 +24,7 @@ import optax
 import orbax.checkpoint as ocp
 from common import data
 from common.problems import autoencoder_problem
+from common.training import refuse_another_run
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.progress import Progress
 
@@ -64,13 +65,11 @@ tx = tnt_optax.tnt(0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inv
 
 
 def on_mesh(x: jax.Array) -> jax.Array:
-    """Divided over `data` along its first axis and over `model` along its last, as far as they allow that."""
-    axes = (*[None] * (x.ndim - 1), "model") if x.ndim < 2 else ("data", *[None] * (x.ndim - 2), "model")
-    sizes = dict(zip(AXES, args.mesh, strict=True))
-    spec = PartitionSpec(*(a if a and d % sizes[a] == 0 else None for a, d in zip(axes, x.shape, strict=True)))
-    return jax.make_array_from_callback(
-        x.shape, NamedSharding(jax.sharding.get_mesh(), spec), np.asarray(x).__getitem__
-    )
+    """A matrix divided over `data` and `model`, a vector over `model`, as far as their lengths allow that."""
+    mesh = jax.sharding.get_mesh()
+    axes = zip(AXES[-x.ndim :], x.shape, strict=True)
+    spec = PartitionSpec(*(name if length % mesh.shape[name] == 0 else None for name, length in axes))
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), np.asarray(x).__getitem__)
 
 
 params = jax.tree.map(on_mesh, problem.params)
@@ -99,17 +98,14 @@ def my_part_of_batch(step: int) -> jax.Array:
     return jax.make_array_from_callback((args.batch_size, *images.train.shape[1:]), sharding, load)
 
 
-# What a checkpoint is of. Orbax's own error for another model or other modes would be hundreds of lines long.
+# What a checkpoint is of: a model, and the modes of its parameters.
 run = {jax.tree_util.keystr(path): str(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 keep = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(2))
 handlers = ocp.handlers.create_default_handler_registry(default=ocp.StandardCheckpointHandler())
 with ocp.CheckpointManager(args.directory.resolve(), options=keep, handler_registry=handlers) as manager:
     start = manager.latest_step() or 0
     if start:
-        saved = manager.metadata(start).custom_metadata or {}
-        for name in run | saved:
-            if (there := saved.get(name, "missing")) != (here := run.get(name, "missing")):
-                raise SystemExit(f"{args.directory} is of another run: {name} is {there} there, and {here} here.")
+        refuse_another_run(args.directory, manager.metadata(start).custom_metadata or {}, run)
         state = manager.restore(start, args=ocp.args.StandardRestore(state))  # On the mesh of today.
     loss = jnp.nan
     with Progress(disable=args.process > 0) as progress:

@@ -135,6 +135,8 @@ def optimizer(args: argparse.Namespace, name: str) -> Callable[..., optax.Gradie
     The rate rises over the first tenth of the steps, and falls to zero along a cosine.
     """
 
+    # Optax's own schedule has to know the number of steps when it is made. Here that is injected, like the rate, so
+    # that tuning and training share one compiled step.
     def schedule(highest: Any, steps: Any) -> Callable[[Any], Any]:
         def rate(count: Any) -> Any:
             done = (count + 1) / steps

@@ -8,8 +8,6 @@ from pathlib import Path
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Two threads of LAPACK in each of pytest-xdist's workers wait for each other much longer than they compute.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -48,17 +48,18 @@ def damped_inverses(
     Modes of one length go through one program together, so that a model of many equal layers compiles as fast as one
     of few, and an accelerator inverts them side by side. The devices of the mesh axis `axis` divide them among them.
     """
-    groups: dict[tuple[tuple[int, ...], Any], list[tuple[int, int]]] = {}
+    groups: dict[tuple[tuple[int, ...], Any], list[tuple[int, int, int]]] = {}
     for index, (view, matrices) in enumerate(zip(views, contractions, strict=True)):
         for mode, matrix in enumerate(matrices):
-            groups.setdefault((matrix.shape[len(view.batch) :], matrix.dtype), []).append((index, mode))
+            stacking = len(view.batch)
+            count = math.prod(matrix.shape[:stacking])
+            groups.setdefault((matrix.shape[stacking:], matrix.dtype), []).append((index, mode, count))
 
-    def stack(members: list[tuple[int, int]], shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
+    def stack(members: list[tuple[int, int, int]], shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
         matrices, orders, sizes = [], [], []
-        for index, mode in members:
-            matrix, dims = contractions[index][mode], [matrix.shape[-1] for matrix in contractions[index]]
-            count = math.prod(matrix.shape[: len(views[index].batch)])
-            matrices.append(matrix.reshape(count, *shape))
+        for index, mode, count in members:
+            dims = [matrix.shape[-1] for matrix in contractions[index]]
+            matrices.append(contractions[index][mode].reshape(count, *shape))
             orders.append(np.full(count, len(dims)))
             sizes.append(np.full(count, max(math.prod(dims), 1), float))
         return jnp.concatenate(matrices), *(jnp.asarray(np.concatenate(x), dtype) for x in (orders, sizes))
@@ -75,8 +76,8 @@ def damped_inverses(
     for members, of_group in zip(groups.values(), results, strict=True):
         diagonals = of_group if of_group.ndim == 2 else jnp.diagonal(of_group, axis1=1, axis2=2)
         finite &= jnp.all(jnp.isfinite(diagonals))  # No element of a positive matrix exceeds those on its diagonal.
-        counts = [math.prod(contractions[index][mode].shape[: len(views[index].batch)]) for index, mode in members]
-        for (index, mode), part in zip(members, jnp.split(of_group, np.cumsum(counts)[:-1]), strict=True):
+        ends = np.cumsum([count for _, _, count in members])
+        for (index, mode, _), part in zip(members, jnp.split(of_group, ends[:-1]), strict=True):
             inverses[index][mode] = part.reshape(contractions[index][mode].shape)
     return [tuple(matrices) for matrices in inverses], finite
 

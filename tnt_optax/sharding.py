@@ -57,10 +57,8 @@ def check_modes(where: str, x: Any, view: Modes) -> None:
                 )
 
 
-def check_axis(axis: AxisNames | None) -> None:
+def check_axis(axis: AxisNames) -> None:
     """An error for a `refresh_axis` that the mesh in context has not."""
-    if axis is None:
-        return
     mesh = jax.sharding.get_abstract_mesh()
     for name in _names(axis):
         if name not in mesh.axis_names:

@@ -382,7 +382,8 @@ def _algorithm(
 
             def refresh(vs: Any = some_views, cs: Any = some_contractions, old: Any = some_inverses) -> Any:
                 invert = functools.partial(factors.damped_inverses, vs, axis=refresh_axis)
-                new, finite = sharding.keeping(invert, (old, t))(cs, as_float(_at(damping, t)))
+                # `finite` is one number, which lies as `absorbed` does, another.
+                new, finite = sharding.keeping(invert, (old, absorbed))(cs, as_float(_at(damping, t)))
                 return _where(finite, new, old), finite
 
             now: Any = warm_start == "refresh"

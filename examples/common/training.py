@@ -89,6 +89,13 @@ def sampled_on_a_part(value_and_grads: Any, share: int) -> Any:
     return with_a_part
 
 
+def refuse_another_run(folder: Path, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Ends the program where a checkpoint is of something else; Orbax's own error would be hundreds of lines long."""
+    for name in {**here, **saved}:
+        if (there := saved.get(name, "missing")) != (now := here.get(name, "missing")):
+            raise SystemExit(f"{folder} is of another run: {name} is {there} there, and {now} here.")
+
+
 class Checkpoints:
     """The latest state of a training and what is told about it, in a folder; without a folder, nowhere."""
 
