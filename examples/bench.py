@@ -18,7 +18,7 @@ import optax
 import scipy.linalg
 from common import report
 from common.contenders import contenders
-from common.models import Autoencoder, ResNet32, Transformer
+from common.models import Autoencoder, ResNet32, Transformer, gpt2
 from common.training import Problem
 from flax import nnx
 from rich.console import Console
@@ -241,8 +241,7 @@ def _updates(params: Any, rounds: int) -> tuple[dict[str, float], dict[str, floa
 
 def large() -> dict[str, float]:
     """Seconds until the update of a transformer of 124M parameters (GPT-2's shapes) is compiled; nothing is run."""
-    layer = [(768, 2304), (2304,), (768, 768), (768,), (768, 3072), (3072,), (3072, 768), (768,), *[(768,)] * 4]
-    shapes = [(50257, 768), (1024, 768), (768,), (768,), *(shape for _ in range(12) for shape in layer)]
+    shapes = [shape for of_kind in gpt2().values() for shape in of_kind]
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     tx = tnt_optax.tnt(1e-3)
     start = time.perf_counter()

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from common import data, report
 from common.baselines import shampoo
+from common.models import Shapes, gpt2
 from common.problems import autoencoder_problem
 from common.training import Trainer
 from rich.console import Console
@@ -34,18 +35,6 @@ MAX_DIMS = (256, 512, 768, 1024, 2048, 3072, 4096, 8192)
 WIDTHS = (128, 64, 32, 8)
 FLOAT = 4  # bytes
 SOAP_MAX_DIM = 10_000
-Shapes = Mapping[str, Sequence[tuple[int, ...]]]
-
-
-def gpt2(vocabulary: int = 50257, width: int = 768, layers: int = 12, positions: int = 1024) -> Shapes:
-    """The shapes of its parameters by kind; the output layer is the embedding, q, k and v are one matrix."""
-    hidden = 4 * width
-    return {
-        "embeddings": [(vocabulary, width), (positions, width)],
-        "matrices": layers * [(width, 3 * width), (width, width), (width, hidden), (hidden, width)],
-        # Of each layer: four biases, and scale and shift of two norms. And the last norm.
-        "vectors": layers * [(3 * width,), (width,), (hidden,), (width,), *[(width,)] * 4] + [(width,)] * 2,
-    }
 
 
 def diagonal_vectors(path: Any, shape: tuple[int, ...]) -> Modes | None:

@@ -17,44 +17,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from common import report
+from common.models import gpt2
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import tnt_optax
 from tnt_optax import factors, sharding
-from tnt_optax.modes import Modes, default_modes, mode_dims
+from tnt_optax.modes import default_modes, mode_dims
 
 MAX_DIM = 8192  # The default of `tnt`.
-Shapes = dict[str, tuple[tuple[int, ...], Modes]]
+Shapes = list[tuple[int, ...]]
 
 
 def autoencoder() -> Shapes:
     """784-1000-500-250-30 and back."""
     widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
-    pairs = [(f"{i}", shape) for i, shape in enumerate(itertools.pairwise(widths))]
-    shapes = [(f"kernel {i}", shape) for i, shape in pairs] + [(f"bias {i}", shape[1:]) for i, shape in pairs]
-    return {name: (shape, default_modes(shape)) for name, shape in shapes}
+    return [shape for pair in itertools.pairwise(widths) for shape in (pair, pair[1:])]
 
 
-def transformer(layers: int = 12, width: int = 768, vocabulary: int = 50257, positions: int = 1024) -> Shapes:
-    """GPT-2's 124M parameters, whose layers are stacked along the first axis."""
-    of_a_layer = {
-        "attention": (width, 3 * width),
-        "projection": (width, width),
-        "in": (width, 4 * width),
-        "out": (4 * width, width),
-        "biases of in": (4 * width,),
-        "bias of attention": (3 * width,),
-        **{f"vector {i}": (width,) for i in range(6)},
-    }
-    others = {"embedding": (vocabulary, width), "positions": (positions, width), "scale": (width,), "shift": (width,)}
-
-    def stacked(shape: tuple[int, ...]) -> tuple[tuple[int, ...], Modes]:
-        return (layers, *shape), Modes(tuple((axis + 1,) for axis in range(len(shape))), batch=(0,))
-
-    return {name: stacked(shape) for name, shape in of_a_layer.items()} | {
-        name: (shape, default_modes(shape)) for name, shape in others.items()
-    }
+def transformer() -> Shapes:
+    return [shape for of_kind in gpt2().values() for shape in of_kind]
 
 
 MODELS = {"MNIST autoencoder": autoencoder, "GPT-2 124M": transformer}
@@ -62,11 +44,7 @@ MODELS = {"MNIST autoencoder": autoencoder, "GPT-2 124M": transformer}
 
 def modes_to_invert(shapes: Shapes) -> Counter[int]:
     """How many dense modes there are of each length."""
-    count: Counter[int] = Counter()
-    for shape, view in shapes.values():
-        for d in mode_dims(view, shape):
-            count[d] += math.prod(shape[axis] for axis in view.batch) * (d <= MAX_DIM)
-    return +count
+    return Counter(d for shape in shapes for d in mode_dims(default_modes(shape), shape) if d <= MAX_DIM)
 
 
 def largest_share(shapes: Shapes, devices: int) -> dict[str, float]:
@@ -110,9 +88,7 @@ def bytes_per_device(shapes: Shapes, devices: int) -> dict[str, int]:
         shapes = [(x, x.sharding.shard_shape(x.shape) if x.sharding else x.shape) for x in jax.tree.leaves(tree)]
         return sum(math.prod(shape) * x.dtype.itemsize for x, shape in shapes)
 
-    views = {name: view for name, (_, view) in shapes.items()}
-    tx = tnt_optax.tnt(0.1, max_dim=MAX_DIM, modes=lambda path, shape: views[path[0].key])
-    params = {name: place(shape) for name, (shape, _) in shapes.items()}
+    tx, params = tnt_optax.tnt(0.1, max_dim=MAX_DIM), [place(shape) for shape in shapes]
     with jax.sharding.use_abstract_mesh(mesh):
         return {"parameters": size(params), "state": size(jax.eval_shape(tx.init, params))}
 

@@ -12,13 +12,14 @@ from test_examples import program
 pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
 pytest.importorskip("rich", reason="the examples need the extra `examples`")
 import memory
+from common import models
 
 SHAPES = {"embeddings": [(50, 8)], "matrices": [(8, 24), (24, 8)], "vectors": [(24,), (8,)]}
 SIZES = {"embeddings": 400, "matrices": 384, "vectors": 32}
 
 
 def test_the_shapes_of_gpt2():
-    shapes = memory.gpt2()
+    shapes = models.gpt2()
     assert sum(np.prod(shape) for of_kind in shapes.values() for shape in of_kind) == 124_439_808
     assert [len(of_kind) for of_kind in shapes.values()] == [2, 48, 98]
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -307,3 +307,17 @@ class StackedTransformer(nnx.Module):
 
         x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
         return self.embedding.attend(self.norm(run(self.blocks, x)))
+
+
+Shapes = Mapping[str, Sequence[tuple[int, ...]]]
+
+
+def gpt2(vocabulary: int = 50257, width: int = 768, layers: int = 12, positions: int = 1024) -> Shapes:
+    """The shapes of GPT-2's 124M parameters by kind; the output layer is the embedding, q, k and v are one matrix."""
+    hidden = 4 * width
+    return {
+        "embeddings": [(vocabulary, width), (positions, width)],
+        "matrices": layers * [(width, 3 * width), (width, width), (width, hidden), (hidden, width)],
+        # Of each layer: four biases, and scale and shift of two norms. And the last norm.
+        "vectors": layers * [(3 * width,), (width,), (hidden,), (width,), *[(width,)] * 4] + [(width,)] * 2,
+    }
