@@ -142,13 +142,16 @@ def test_aux_is_returned_beside_the_loss():
     assert aux["mean"] == pytest.approx(float(jnp.mean(forward(params, inputs))), rel=1e-6)
 
 
+@pytest.mark.parametrize("microbatches", [1, 5])
 @pytest.mark.parametrize(
-    "predictive", [Categorical(), Poisson(), Normal(jnp.float32(0.5))], ids=lambda p: type(p).__name__
+    "predictive",
+    [Categorical(), Categorical(jnp.ones(5)), Poisson(), Normal(jnp.float32(0.5)), Normal(0.5)],
+    ids=["Categorical", "weighted", "Poisson", "Normal", "Normal of a number"],
 )
-def test_the_function_crosses_a_jit_boundary_without_recompiling(predictive):
+def test_the_function_crosses_a_jit_boundary_without_recompiling(predictive, microbatches):
     params, inputs = problem()
     targets = predictive.sample(jax.random.key(0), forward(params, inputs))
-    value_and_grads = jax.jit(value_and_sampled_grad(forward, predictive))
+    value_and_grads = jax.jit(value_and_sampled_grad(forward, predictive, microbatches=microbatches))
     traces = []
 
     @jax.jit

@@ -238,25 +238,6 @@ def test_a_training_through_the_optimizer(scale):
         chex.assert_trees_all_close(whole, parts, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("make", [Categorical, lambda: Categorical(jnp.ones(BATCH)), Poisson, lambda: Normal(0.5)])
-def test_the_function_crosses_a_jit_boundary_without_recompiling(make):
-    predictive = make()
-    params, inputs, targets = problem(predictive)
-    value_and_grads = jax.jit(value_and_sampled_grad(forward, predictive, microbatches=2))
-    traces = []
-
-    @jax.jit
-    def call(sampled_grads):
-        traces.append(1)
-        return sampled_grads()
-
-    for seed in range(3):
-        _, _, sampled_grads = value_and_grads(params, inputs, targets, jax.random.key(seed))
-        assert isinstance(sampled_grads, jax.tree_util.Partial)
-        chex.assert_trees_all_close(call(sampled_grads), sampled_grads(), rtol=1e-5, atol=1e-7)
-    assert len(traces) == 1
-
-
 def test_a_mask_made_inside_the_step():
     params, inputs, targets = problem(Categorical())
     mask = weights("mask")

@@ -112,7 +112,8 @@ def test_equals_one_device_and_stays_divided(mesh, way, refresh_axis):
         *put((inputs, labels), mesh, (P("data"), P("data"))),
         gather=gather_on(mesh),
         refresh_axis=refresh_axis,
-        keep=mesh.axis_types[0] == AxisType.Auto,  # With Explicit axes nobody has to say so.
+        # Only with Auto axes and arrays that lie in several ways XLA has to be told, and then this can't fail.
+        keep=mesh.axis_types[0] == AxisType.Auto and way == "tensor parallel",
     )
     # 6 steps in float32, whose sums have another order. Elements are of the order of 1, contractions of 10.
     for ours, expected in zip(jax.tree.leaves((new_params, state)), jax.tree.leaves(on_one_device()[:2]), strict=True):
