@@ -66,6 +66,7 @@ def methods(damping: float) -> dict[str, tuple[optax.GradientTransformationExtra
     return {
         "TNT": (tnt(), "sampled gradient"),
         "TNT-EF": (tnt(fisher="empirical"), "nothing"),
+        "TNT-MLE": (baselines.tensor_normal_mle(-1.0, damping=damping**0.5, **every_step), "sampled gradient"),
         "KFAC": (baselines.kfac(-1.0, damping=damping, **every_step), "layer factors"),
         "Shampoo": (baselines.shampoo(-1.0, damping=damping, **every_step), "nothing"),
         "Adam": (optax.with_extra_args_support(optax.scale_by_adam(b1=DECAY, b2=DECAY)), "nothing"),

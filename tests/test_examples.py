@@ -114,7 +114,7 @@ def test_diagnostics(tmp_path):
 
 
 def test_autoencoder(tmp_path):
-    names = ("TNT", "TNT, bounded", "KFAC", "Shampoo", "Adam", "SGD-m")
+    names = ("TNT", "TNT, bounded", "TNT-MLE", "KFAC", "Shampoo", "Adam", "SGD-m")
     small = ("--widths", 8, 4, "--batch-size", 400, "--inverse-period", 2, "--out", tmp_path)
     result = program("autoencoder", *small, "--epochs", 1, "--grid", 1, 3, "--tuning-epochs", 1)
     assert result.returncode == 0, result.stderr

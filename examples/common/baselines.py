@@ -1,7 +1,7 @@
 """Shampoo and KFAC, plain: baselines for TNT, with the same momentum, moving averages, update periods and warm start.
 
 Shampoo: Gupta, Koren & Singer (2018), with the coupled Newton iteration for its roots. KFAC: Martens & Grosse (2015),
-for models of dense layers.
+for models of dense layers. And an ablation of TNT itself: factors that maximize the likelihood.
 """
 
 import functools
@@ -48,24 +48,77 @@ def shampoo(
     """
 
     def contractions(w: jax.Array) -> list[jax.Array]:
-        view = _view(w)
-        unfolded = [jnp.moveaxis(view, i, 0).reshape(d, -1) for i, d in enumerate(view.shape)]
+        unfolded = [_unfold(_view(w), i) for i in range(_view(w).ndim)]
         return [u @ u.T for u in unfolded]
 
     def roots(w: jax.Array, averages: list[jax.Array]) -> list[jax.Array]:
         del w
         return [inverse_root(c + damping * jnp.eye(len(c)), 2 * len(averages)) for c in averages]
 
-    def precondition(m: jax.Array, matrices: list[jax.Array]) -> jax.Array:
-        direction = _view(m)
-        for matrix in matrices:  # Each product moves its mode to the end: after all of them they are in order.
-            direction = jnp.tensordot(direction, matrix, axes=(0, 0))
-        return direction.reshape(m.shape)
+    scale = _scale_by_kronecker(
+        lambda grads, sampled, inverses: jax.tree.map(contractions, grads),
+        roots,
+        _multiply_modes,
+        is_block=None,
+        decay=decay,
+        mu=momentum,
+        statistics_period=statistics_period,
+        inverse_period=inverse_period,
+    )
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+
+
+def tensor_normal_mle(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    damping: Any = 0.1,
+    decay: float = 0.9,
+    momentum: float = 0.9,
+    statistics_period: int = 1,
+    inverse_period: int = 20,
+) -> optax.GradientTransformationExtraArgs:
+    """TNT, but its factors follow the equations of the maximum-likelihood estimate of a tensor-normal covariance.
+
+    U_i <- mat_i(G x_{j != i} P_j) mat_i(G)^T / prod_{j != i} e_j, averaged as TNT's contractions are, with the inverses
+    so far, P_j = (U_j + eps I)^-1, and e_j = tr(P_j U_j): d_j without damping (Manceur & Dutilleul, 2013), and under a
+    damping far above the factors what is left is TNT's own Eq. (5). Before the first inverses U_j stands for a multiple
+    of I, which is Eq. (5) for this gradient. The U_i are then given the same mean eigenvalue, their product unchanged.
+
+    Args:
+      learning_rate: a number or a schedule.
+      damping: eps.
+      decay: of the moving averages U_i of the above for G, the sampled gradient.
+      momentum: accumulated before preconditioning, not dampened.
+      statistics_period: every how many steps the averages absorb a sampled gradient.
+      inverse_period: every how many steps the inverses are computed; in the first of these periods with every gradient
+        that is absorbed, as TNT does.
+    """
+
+    def estimates(g: jax.Array, inverses: list[jax.Array]) -> list[jax.Array]:
+        view = _view(g)
+        c0 = jnp.mean(view**2) ** (1 / view.ndim)
+        begun = jnp.any(inverses[0] != 0)
+        shares = [
+            jnp.where(begun, p / (len(p) - damping * jnp.trace(p)), jnp.eye(len(p)) / (c0 * len(p))) for p in inverses
+        ]
+        factors = []
+        for i, d in enumerate(view.shape):
+            others = [jnp.eye(d) if j == i else share for j, share in enumerate(shares)]
+            factor = _unfold(_multiply_modes(view, others), i) @ _unfold(view, i).T
+            # There are no shares of a gradient or of factors that are zero.
+            factors.append(jnp.where(jnp.isfinite(factor), factor, 0))
+        return factors
+
+    def invert(w: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
+        del w
+        means = jnp.stack([jnp.mean(jnp.diagonal(u)) for u in factors])
+        ratios = jnp.where(means > 0, jnp.prod(means ** (1 / len(factors))) / means, 1)
+        return [_inverse(ratio * u, damping) for ratio, u in zip(ratios, factors, strict=True)]
 
     scale = _scale_by_kronecker(
-        lambda grads, sampled: jax.tree.map(contractions, grads),
-        roots,
-        precondition,
+        lambda grads, sampled, inverses: jax.tree.map(estimates, sampled, inverses),
+        invert,
+        _multiply_modes,
         is_block=None,
         decay=decay,
         mu=momentum,
@@ -91,11 +144,12 @@ def kfac(
     statistics_period: int = 1,
     inverse_period: int = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    """V <- V - learning_rate * (A + pi sqrt(eps) I)^-1 m (B + sqrt(eps)/pi I)^-1 for V = [kernel; bias] of each layer.
+    """V <- V - learning_rate * (A + sqrt(eps) I)^-1 m (B + sqrt(eps) I)^-1 for V = [kernel; bias] of each layer.
 
     Args:
       learning_rate: a number or a schedule.
-      damping: eps, divided between the factors by pi^2 = (tr A / d_A) / (tr B / d_B).
+      damping: eps, whose root each factor has. Divided by the ratio of their traces, as Martens & Grosse do, the
+        settings that TNT's authors published for KFAC diverge within an epoch of MNIST.
       decay: of the moving averages A and B, which `value_and_layer_factors` gives: `update` takes them, or a function
         that returns them, as `sampled_grads`.
       momentum: accumulated before preconditioning, not dampened.
@@ -106,11 +160,7 @@ def kfac(
 
     def inverses(layer: Any, factors: LayerFactors) -> LayerFactors:
         del layer
-        pi = jnp.sqrt(jnp.mean(jnp.diagonal(factors.inputs)) / jnp.mean(jnp.diagonal(factors.outputs)))
-        # A layer whose outputs' gradients are all zero has no ratio.
-        pi = jnp.where(jnp.isfinite(pi) & (pi > 0), pi, 1)
-        root = jnp.sqrt(damping)
-        return LayerFactors(_inverse(factors.inputs, pi * root), _inverse(factors.outputs, root / pi))
+        return LayerFactors(*(_inverse(factor, jnp.sqrt(damping)) for factor in factors))
 
     def precondition(layer: Any, factors: LayerFactors) -> Any:
         bias, kernel = jax.tree.leaves(layer)
@@ -118,7 +168,7 @@ def kfac(
         return jax.tree.unflatten(jax.tree.structure(layer), [direction[-1], direction[:-1]])
 
     scale = _scale_by_kronecker(
-        lambda grads, sampled: sampled,
+        lambda grads, sampled, inverses: sampled,
         inverses,
         precondition,
         is_block=_is_layer,
@@ -201,7 +251,7 @@ def warm_start(
 
 
 def _scale_by_kronecker(
-    observe: Callable[[Any, Any], Any],
+    observe: Callable[[Any, Any, Any], Any],
     invert: Callable[[Any, Any], Any],
     precondition: Callable[[Any, Any], Any],
     *,
@@ -214,7 +264,7 @@ def _scale_by_kronecker(
     """Momentum, preconditioned block by block.
 
     Args:
-      observe: (gradients, `sampled_grads`) -> what the statistics average.
+      observe: (gradients, `sampled_grads`, the inverses so far) -> what the statistics average.
       invert: (a block of parameters, its statistics) -> its inverses, of the same shapes.
       precondition: (a block of the momentum, its inverses) -> the direction.
       is_block: which nodes of the parameters' tree are blocks; None: the leaves.
@@ -249,7 +299,7 @@ def _scale_by_kronecker(
         t, n = state.count, state.statistics_count
 
         def absorb(weight: jax.Array) -> Any:
-            new = observe(updates, sampled_grads() if callable(sampled_grads) else sampled_grads)
+            new = observe(updates, sampled_grads() if callable(sampled_grads) else sampled_grads, state.inverses)
             return jax.tree.map(lambda c, x: (1 - weight) * c + weight * x, state.statistics, new)
 
         def refresh(statistics: Any) -> Any:
@@ -311,6 +361,18 @@ def _zero_statistics(block: Any) -> Any:
 
 def _is_layer(node: Any) -> bool:
     return isinstance(node, Mapping) and set(node) == {"kernel", "bias"}
+
+
+def _unfold(view: jax.Array, mode: int) -> jax.Array:
+    return jnp.moveaxis(view, mode, 0).reshape(view.shape[mode], -1)
+
+
+def _multiply_modes(w: jax.Array, matrices: list[jax.Array]) -> jax.Array:
+    """The view of w times the matrix of each mode; all are symmetric."""
+    product = _view(w)
+    for matrix in matrices:  # Each product moves its mode to the end: after all of them they are in order.
+        product = jnp.tensordot(product, matrix, axes=(0, 0))
+    return product.reshape(w.shape)
 
 
 def _view(w: jax.Array) -> jax.Array:

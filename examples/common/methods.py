@@ -10,10 +10,12 @@ import tnt_optax
 from common import baselines
 from common.training import Problem, Trainer
 
-# What the authors published for their MNIST autoencoder; Adam's damping is its epsilon. "TNT, bounded" is not theirs.
+# What the authors published for their MNIST autoencoder; Adam's damping is its epsilon. "TNT, bounded" and
+# "TNT-MLE" are not theirs.
 PUBLISHED: dict[str, dict[str, float]] = {
     "TNT": {"learning_rate": 1e-4, "damping": 0.1},
     "TNT, bounded": {"learning_rate": 0.1, "damping": 0.5},
+    "TNT-MLE": {"learning_rate": 1e-4, "damping": 0.1},
     "KFAC": {"learning_rate": 3e-3, "damping": 0.3},
     "Shampoo": {"learning_rate": 3e-4, "damping": 3e-4},
     "Adam": {"learning_rate": 1e-4, "damping": 1e-4},
@@ -60,7 +62,7 @@ class Method:
 
 
 def methods(*, statistics_period: int = 1, inverse_period: int = 20, bound: Bound = Bound()) -> dict[str, Method]:
-    """By name. "TNT, bounded" is this library's: `scale="fisher"` and a bound on the steps.
+    """By name. "TNT, bounded" is this library's: `scale="fisher"` and a bound on the steps; "TNT-MLE" is an ablation.
 
     Args:
       statistics_period: T1 of all that have statistics.
@@ -92,6 +94,9 @@ def methods(*, statistics_period: int = 1, inverse_period: int = 20, bound: Boun
         "TNT": Method(damped(tnt_optax.tnt), lambda _: {"scale": "mean"}),
         "TNT, bounded": Method(
             damped(tnt_optax.tnt, trust_radius=bound.trust_radius(), inverse_period=bound.inverse_period)
+        ),
+        "TNT-MLE": Method(
+            damped(baselines.tensor_normal_mle), lambda _: {"scale": "mean", "warm_start": baselines.warm_start}
         ),
         "KFAC": Method(damped(baselines.kfac), observing(baselines.value_and_layer_factors)),
         "Shampoo": Method(damped(baselines.shampoo), observing(baselines.value_and_gradient_twice)),

@@ -24,6 +24,7 @@ COLORS = {
     "TNT": "tab:red",
     "TNT, bounded": "tab:purple",
     "TNT-EF": "tab:pink",
+    "TNT-MLE": "tab:gray",
     "KFAC": "tab:orange",
     "Shampoo": "tab:brown",
     "Adam": "tab:blue",
