@@ -37,9 +37,9 @@ class Dataset:
 
 
 DATASETS = {
-    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), Bound(0.1, 0.1)),
-    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), Bound(1.5, 0.3, 300, 5)),
-    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), Bound(1.0, 1.0)),
+    "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), Bound(((0, 0.1),))),
+    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), Bound(((0, 1.5), (300, 0.3)), 5)),
+    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), Bound()),
 }
 
 
@@ -100,6 +100,14 @@ def main() -> None:
     console.print(f"Wrote {os.path.relpath(stem)}.json, .csv and .png.")
 
 
+def bound_of(text: str) -> Bound:
+    *knots, period = text.split(",")
+    radii = tuple((int(step), float(radius)) for step, radius in (knot.split(":") for knot in knots))
+    if not radii or list(radii) != sorted(radii) or min(radius for _, radius in radii) <= 0:
+        raise argparse.ArgumentTypeError(f"expected positive radii at growing steps, and then T2, got {text!r}")
+    return Bound(radii, int(period))
+
+
 def around(settings: dict[str, float], factors: list[float]) -> list[dict[str, float]]:
     """The settings with each of their numbers multiplied by each of the factors."""
     names = list(settings)
@@ -114,7 +122,10 @@ def folder_of_run(
 ) -> Path:
     """Where the checkpoints of this run are: all that makes it what it is, is in the name."""
     numbers = "_".join(f"{value:g}" for value in settings.values())
-    bound = "".join(f"_{value:g}" for value in dataclasses.astuple(args.bound)) if name == "TNT, bounded" else ""
+    bound = ""
+    if name == "TNT, bounded":
+        radii = "".join(f"_{radius:g}at{step}" for step, radius in args.bound.radii)
+        bound = f"{radii}_T{args.bound.inverse_period}"
     run = f"{problem}_batch{args.batch_size}_T{args.statistics_period}_{args.inverse_period}_warm{warm_start}"
     return args.out / "checkpoints" / run.replace(" ", "_") / f"{name}_{numbers}{bound}_seed{seed}".replace(" ", "_")
 
@@ -214,20 +225,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--inverse-period", type=int, default=20, help='T2, but of "TNT, bounded"')
     parser.add_argument(
         "--bound",
-        type=float,
-        nargs=4,
-        metavar=("FIRST", "LAST", "STEPS", "PERIOD"),
-        help='of "TNT, bounded": its trust radius falls from the first to the last in so many steps; its T2 '
-        "(default: what fits)",
+        type=bound_of,
+        metavar="STEP:RADIUS,...,PERIOD",
+        help='of "TNT, bounded": its trust radius, which changes exponentially from each of these steps to the next; '
+        "its T2 (default: what fits)",
     )
     parser.add_argument("--warm-start", type=int, help="of how many batches (default: of one pass over the data)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for what is written")
     args = parser.parse_args()
     if args.data_dir and args.dataset == "digits":
         parser.error("--data-dir goes with --dataset mnist or faces: the digits come with scikit-learn.")
-    if args.bound:
-        first, last, steps, period = args.bound
-        args.bound = Bound(first, last, int(steps), int(period))
     for name in ("widths", "batch_size", "epochs", "bound"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(DATASETS[args.dataset], name))

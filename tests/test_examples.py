@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common.methods import Bound
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
@@ -116,9 +117,11 @@ def test_diagnostics(tmp_path):
 def test_autoencoder(tmp_path):
     names = ("TNT", "TNT, bounded", "TNT-MLE", "KFAC", "Shampoo", "Adam", "SGD-m")
     small = ("--widths", 8, 4, "--batch-size", 400, "--inverse-period", 2, "--out", tmp_path)
-    result = program("autoencoder", *small, "--epochs", 1, "--grid", 1, 3, "--tuning-epochs", 1)
+    bound = ("--bound", "0:0.2,3:0.1,2")
+    result = program("autoencoder", *small, *bound, "--epochs", 1, "--grid", 1, 3, "--tuning-epochs", 1)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "autoencoder_digits.json").read_text())
+    assert written["arguments"]["bound"] == {"radii": [[0, 0.2], [3, 0.1]], "inverse_period": 2}
     assert set(written["curves"]) == set(names)
     for name, trials in written["tuning"].items():
         assert len(trials) == (2 if name == "SGD-m" else 4)
@@ -127,6 +130,19 @@ def test_autoencoder(tmp_path):
     rows = (tmp_path / "autoencoder_digits.csv").read_text().splitlines()
     assert len(rows) == 1 + len(names) * 2  # Losses before and after the epoch.
     assert (tmp_path / "autoencoder_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_radius_changes_exponentially_from_step_to_step():
+    radius = Bound(((0, 2.0), (100, 0.5), (300, 0.5), (301, 8.0))).trust_radius()
+    found = [float(radius(np.int32(step))) for step in (0, 50, 100, 200, 300, 301, 10_000)]
+    np.testing.assert_allclose(found, [2, 1, 0.5, 0.5, 0.5, 8, 8], rtol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("bound", ["3", "5:1,0:2,3", "0:0,3", "0,3"])
+def test_autoencoder_says_what_is_wrong_with_a_bound(bound):
+    result = program("autoencoder", "--bound", bound)
+    assert result.returncode == 2
+    assert "--bound" in result.stderr
 
 
 def test_autoencoder_goes_on_where_it_was(tmp_path):

@@ -13,8 +13,8 @@ from jax.tree_util import keystr
 from tnt_optax import checks, factors, sharding, states
 from tnt_optax.dtypes import as_float, float32_or_better
 from tnt_optax.inversion import eigenvalues
-from tnt_optax.states import Found
-from tnt_optax.transform import NumberOrSchedule, TNTState, equal_parts
+from tnt_optax.states import Found, TNTState
+from tnt_optax.transform import NumberOrSchedule
 
 
 def diagnostics(
@@ -133,7 +133,7 @@ def _of_the_parameters(state: Found, eps: jax.Array, grads: Any, updates: Any) -
 
     if state.history is not None:
         count, refreshed = _array(state.tnt.count), _array(state.history.refreshed)
-        for place, part in equal_parts(contractions, len(refreshed)):
+        for place, part in factors.equal_parts(contractions, len(refreshed)):
             age = jnp.where(refreshed[place] < 0, -1, count - refreshed[place])
             values |= {f"{name}age": age for name, size in zip(names[part], sizes[part], strict=True) if size}
 

@@ -5,6 +5,7 @@ of a single tensor of shape (d_1, ..., d_k), to which the stacking axes of a vie
 has the shape (d_i, d_i), or (d_i,) where only its diagonal is kept.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,3 +144,13 @@ def mode_products(tensor: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array
         else:
             tensor = jnp.tensordot(tensor, matrix, axes=(0, 0), precision=_HIGHEST)
     return tensor
+
+
+def equal_parts(contractions: list[tuple[jax.Array, ...]], number: int) -> list[tuple[int, slice]]:
+    """Runs of parameters whose inverses cost about the same, with the place 0, ..., number - 1 of each."""
+    costs = [sum(float(c.size * c.shape[-1]) for c in matrices) for matrices in contractions]
+    before, total = itertools.accumulate(costs[:-1], initial=0.0), sum(costs) or 1.0
+    places = [int(number * cost / total) for _, cost in zip(costs, before, strict=False)]
+    return [
+        (place, slice(places.index(place), places.index(place) + places.count(place))) for place in sorted(set(places))
+    ]

@@ -1,7 +1,6 @@
 """Tensor Normal Training as an Optax gradient transformation: Algorithm 3 of the paper."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,64 +11,16 @@ import optax
 from jax import lax
 from jax.tree_util import KeyPath, keystr
 
-from tnt_optax import checks, factors, sharding
+from tnt_optax import checks, factors, sharding, states
 from tnt_optax.dtypes import as_float, as_int32, float32_or_better
 from tnt_optax.modes import Modes, ModesFn, batch_shape, mode_dims, resolve
+from tnt_optax.states import HistoryState, RejectedState, TNTState
 
 Number = float | jax.Array
 NumberOrSchedule = Number | optax.Schedule
 # For the function `warm_start`, which can't reach a TNTState inside wrappers but through `update`: which of steps 2
 # and 3 to do in a call that is no step.
 WarmStart = Literal["absorb", "refresh"]
-
-
-class TNTState(NamedTuple):
-    """The state of `scale_by_tnt`. All arrays are float32 (float64 for float64 parameters).
-
-    Attributes:
-      count: int32 scalar, t: how many updates were made.
-      statistics_count: int32 scalar, n: how many sampled gradients the contractions have absorbed.
-      momentum: a tree like the parameters, m.
-      contractions: a tree like the parameters, which holds for each a tuple with one array for each mode: the
-        moving average C_i of G^(i), of shape (*batch, d_i, d_i), or (*batch, d_i) for a mode that is longer than
-        `max_dim`.
-      inverses: the same for the cached P_i = (U_i + damping I)^-1.
-    """
-
-    count: jax.Array
-    statistics_count: jax.Array
-    momentum: Any
-    contractions: Any
-    inverses: Any
-
-
-class RejectedState(NamedTuple):
-    """How often `tnt` met numbers that are not finite; the second element of its state. All are int32 scalars.
-
-    Such numbers never enter the `TNTState`, and training goes on.
-
-    Attributes:
-      gradients: steps whose gradient, direction or update was not finite: their update was zero.
-      sampled_gradients: sampled gradients that were not absorbed.
-      inverses: refreshes after which the inverses stayed as they were.
-    """
-
-    gradients: jax.Array
-    sampled_gradients: jax.Array
-    inverses: jax.Array
-
-
-class HistoryState(NamedTuple):
-    """What `diagnostics` tells of the past; the third element of `tnt`'s state. Nothing is computed from it.
-
-    Attributes:
-      bounded: int32 scalar, how many steps the trust radius shortened.
-      refreshed: int32 array of shape (refresh_parts,), or (1,) without parts: the count t at which the inverses of each
-        part were last computed and taken. -1: never, or the part has no parameters.
-    """
-
-    bounded: jax.Array
-    refreshed: jax.Array
 
 
 class Events(NamedTuple):
@@ -353,8 +304,8 @@ def _algorithm(
 
         view = views(gradients)
 
-        old_contractions = _in_tuples("contractions", state.contractions, gradients, view)
-        old_inverses = _in_tuples("inverses", state.inverses, gradients, view)
+        old_contractions = states.in_tuples("contractions", state.contractions, gradients, view)
+        old_inverses = states.in_tuples("inverses", state.inverses, gradients, view)
 
         def absorb() -> Any:
             tree = gradients
@@ -377,7 +328,7 @@ def _algorithm(
         new_inverses, refreshed = [], jnp.bool_(True)
         number = refresh_parts or 1
         taken = [jnp.bool_(False)] * number
-        for index, part in equal_parts(parameters[1], number):
+        for index, part in factors.equal_parts(parameters[1], number):
             some_views, some_contractions, some_inverses = (leaves[part] for leaves in parameters)
 
             def refresh(vs: Any = some_views, cs: Any = some_contractions, old: Any = some_inverses) -> Any:
@@ -442,25 +393,6 @@ def _bound(direction: optax.Updates, momentum: optax.Updates, radius: jax.Array)
     return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction), exceeds
 
 
-def _in_tuples(name: str, matrices: Any, params: Any, view: Any) -> Any:
-    """The matrices of each parameter as a tuple, or an error if they are not those of its view."""
-
-    def of_one(path: KeyPath, x: jax.Array, v: Modes, some: Any) -> tuple[jax.Array, ...]:
-        # After a step, flax.nnx.Optimizer holds them as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
-        leaves = tuple(jax.tree.leaves(some))
-        batch, dims, shapes = batch_shape(v, x.shape), mode_dims(v, x.shape), [leaf.shape for leaf in leaves]
-        fits = [shape in ((*batch, d), (*batch, d, d)) for shape, d in zip(shapes, dims, strict=False)]
-        if len(shapes) != len(dims) or not all(fits):
-            raise ValueError(
-                f"state: expected, for the parameter {keystr(path)} of shape {x.shape} viewed by {v}, {name} of the "
-                f"shapes {[(*batch, d, d) for d in dims]}, got {shapes}: is it the state of another model, or of other "
-                f"`modes`?"
-            )
-        return leaves
-
-    return jax.tree_util.tree_map_with_path(of_one, params, view, matrices)
-
-
 def _all_finite(tree: Any) -> jax.Array:
     # One pass without an array in between; the largest of NaN and anything is NaN. The results are gathered in an array
     # before they are looked at: XLA would else put all of them into each place where the answer is used.
@@ -478,16 +410,6 @@ def _at(value: Any, t: jax.Array) -> Any:
 
 def _is_due(t: jax.Array, period: int | jax.Array, offset: int | jax.Array = 0) -> bool | jax.Array:
     return True if isinstance(period, int) and period == 1 else t % as_int32(period) == offset
-
-
-def equal_parts(contractions: list[tuple[jax.Array, ...]], number: int) -> list[tuple[int, slice]]:
-    """Runs of parameters whose inverses cost about the same, with the place 0, ..., number - 1 of each."""
-    costs = [sum(float(c.size * c.shape[-1]) for c in matrices) for matrices in contractions]
-    before, total = itertools.accumulate(costs[:-1], initial=0.0), sum(costs) or 1.0
-    places = [int(number * cost / total) for _, cost in zip(costs, before, strict=False)]
-    return [
-        (place, slice(places.index(place), places.index(place) + places.count(place))) for place in sorted(set(places))
-    ]
 
 
 def _cond(predicate: bool | jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 import tnt_optax
@@ -28,18 +30,16 @@ class Bound:
     """What "TNT, bounded" has besides learning rate and damping.
 
     Attributes:
-      first, last: of the trust radius, which falls exponentially from the one to the other ...
-      steps: ... in so many steps.
+      radii: (step, trust radius), in the order of the steps; between two of them it changes exponentially.
       inverse_period: its T2.
     """
 
-    first: float = 1.0
-    last: float = 1.0
-    steps: int = 1
+    radii: tuple[tuple[int, float], ...] = ((0, 1.0),)
     inverse_period: int = 20
 
     def trust_radius(self) -> optax.Schedule:
-        return optax.exponential_decay(self.first, self.steps, self.last / self.first, end_value=self.last)
+        steps, radii = np.array(self.radii, np.float32).T
+        return lambda count: jnp.exp(jnp.interp(jnp.asarray(count, jnp.float32), steps, np.log(radii)))
 
 
 @dataclasses.dataclass(frozen=True)
