@@ -38,8 +38,14 @@ class Dataset:
 
 DATASETS = {
     "digits": Dataset((128, 64, 32, 8), 128, 40, tnt_optax.Bernoulli(), Bound(((0, 0.1),))),
-    "mnist": Dataset((1000, 500, 250, 30), 1000, 20, tnt_optax.Bernoulli(), Bound(((0, 1.5), (300, 0.3)), 5)),
-    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), Bound()),
+    "mnist": Dataset(
+        (1000, 500, 250, 30),
+        1000,
+        20,
+        tnt_optax.Bernoulli(),
+        Bound(((0, 1.0), (300, 0.2), (1200, 0.2), (1800, 0.04)), 5),
+    ),
+    "faces": Dataset((2000, 1000, 500, 30), 1000, 10, tnt_optax.Normal(), Bound(((0, 1.0), (300, 0.2)))),
 }
 
 

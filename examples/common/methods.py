@@ -16,7 +16,7 @@ from common.training import Problem, Trainer
 # "TNT-MLE" are not theirs.
 PUBLISHED: dict[str, dict[str, float]] = {
     "TNT": {"learning_rate": 1e-4, "damping": 0.1},
-    "TNT, bounded": {"learning_rate": 0.1, "damping": 0.5},
+    "TNT, bounded": {"learning_rate": 0.1, "damping": 0.2},
     "TNT-MLE": {"learning_rate": 1e-4, "damping": 0.1},
     "KFAC": {"learning_rate": 3e-3, "damping": 0.3},
     "Shampoo": {"learning_rate": 3e-4, "damping": 3e-4},
