@@ -84,7 +84,21 @@ def test_the_page_of_the_paper_has_the_numbers_of_its_programs():
         for epoch in (1, 5, 10, 20):
             losses = [curve["train_loss"][epoch] for curve in of_seeds if epoch < len(curve["train_loss"])]
             assert None in losses or not losses or f"| {np.median(losses):.1f} " in line
-    assert all(curve["train_loss"][5] < 63.2 for curve in mnist["curves"]["TNT, bounded"])
+    bounded = mnist["curves"]["TNT, bounded"]
+    assert all(curve["train_loss"][4] < 63.2 for curve in bounded)
+    for epoch in (4, 5):
+        assert ", ".join(f"{curve['train_loss'][epoch]:.1f}" for curve in bounded) in page
+    assert bounded[0]["train_loss"][22] < 54.22
+    tuned = {
+        (name, round(curve["seconds"][-1])): (curve["train_loss"][-1], curve["seconds"][-1])
+        for file in ("tuned", "tuned_300s")
+        for name, (curve,) in json.loads((ROOT / f"docs/autoencoder_mnist_{file}.json").read_text())["curves"].items()
+    }
+    for (name, rounded), (loss, budget) in tuned.items():
+        epoch = next(i for i, value in enumerate(bounded[0]["train_loss"]) if value < loss)
+        seconds = bounded[0]["seconds"][epoch]
+        shares = f"{seconds / budget:.2f} | {(seconds + bounded[0]['warm_start_seconds']) / budget:.2f}"
+        assert f"| {name} | {rounded} | {loss:.1f} | {epoch} | {seconds:.0f} | {shares} |" in page
     cosines = json.loads((ROOT / "docs/fisher_cosine_mnist.json").read_text())["cosines"]
     for name, values in cosines.items():
         cells = " | ".join(f"{value:.2f}" for value in np.mean(values, axis=0))
