@@ -84,6 +84,11 @@ def test_the_page_of_the_paper_has_the_numbers_of_its_programs():
         for epoch in (1, 5, 10, 20):
             losses = [curve["train_loss"][epoch] for curve in of_seeds if epoch < len(curve["train_loss"])]
             assert None in losses or not losses or f"| {np.median(losses):.1f} " in line
+    digits = json.loads((ROOT / "docs/autoencoder_digits.json").read_text())["curves"]
+    for name, of_seeds in digits.items():
+        losses = [np.median([curve["train_loss"][epoch] for curve in of_seeds]) for epoch in (1, 10, 40)]
+        cells = " | ".join(f"{loss:.2f}" for loss in losses)
+        assert re.search(rf"^\| {name} \|.*{re.escape(cells)}", page, re.MULTILINE), name
     bounded = mnist["curves"]["TNT, bounded"]
     assert all(curve["train_loss"][4] < 63.2 for curve in bounded)
     for epoch in (4, 5):
