@@ -89,6 +89,10 @@ def test_the_page_of_the_paper_has_the_numbers_of_its_programs():
         losses = [np.median([curve["train_loss"][epoch] for curve in of_seeds]) for epoch in (1, 10, 40)]
         cells = " | ".join(f"{loss:.2f}" for loss in losses)
         assert re.search(rf"^\| {name} \|.*{re.escape(cells)}", page, re.MULTILINE), name
+    for name, (curve,) in json.loads((ROOT / "docs/autoencoder_faces.json").read_text())["curves"].items():
+        start, loss = curve["train_loss"]
+        after = "diverged |" if loss is None else f"{loss:.1f} | {curve['test_loss'][1]:.1f}"
+        assert f"| {name} | {start:.1f} | {after} | {curve['seconds'][1]:.0f} |" in page
     bounded = mnist["curves"]["TNT, bounded"]
     assert all(curve["train_loss"][4] < 63.2 for curve in bounded)
     for epoch in (4, 5):
