@@ -227,11 +227,11 @@ def test_warm_start_is_the_mean_of_the_observations(optimizer):
     assert np.all(np.linalg.eigvalsh(inverses) > 0)
 
 
-@pytest.mark.parametrize("optimizer", [shampoo, kfac])
+@pytest.mark.parametrize("optimizer", [shampoo, kfac, tensor_normal_mle])
 def test_the_first_state_can_be_donated(optimizer):
     params = layers(np.random.default_rng(6), (3, 2))
     tx = optimizer(0.1)
-    observation = [LayerFactors(jnp.eye(4), jnp.eye(2))]
+    observation = [LayerFactors(jnp.eye(4), jnp.eye(2))] if optimizer is kfac else params
     step = jax.jit(lambda state: tx.update(params, state, sampled_grads=observation), donate_argnums=0)
     updates, _ = step(tx.init(params))
     chex.assert_tree_all_finite(updates)

@@ -6,7 +6,7 @@ for models of dense layers. And an ablation of TNT itself: factors that maximize
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -26,56 +26,61 @@ class KroneckerState(NamedTuple):
     inverses: Any
 
 
+class Averages(TypedDict, total=False):
+    """What all here have in common with `tnt_optax.tnt`.
+
+    Attributes:
+      decay: of the moving averages of the statistics, whose first ones are a plain mean; 0.9.
+      momentum: accumulated before preconditioning, not dampened; 0.9.
+      statistics_period: every how many steps the averages absorb a new observation; 1.
+      inverse_period: every how many steps inverses or roots are computed; in the first of these periods with every
+        observation that is absorbed; 20.
+    """
+
+    decay: float
+    momentum: float
+    statistics_period: int
+    inverse_period: int
+
+
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     damping: Any = 1e-4,
-    decay: float = 0.9,
-    momentum: float = 0.9,
-    statistics_period: int = 1,
-    inverse_period: int = 20,
+    **averages: Unpack[Averages],
 ) -> optax.GradientTransformationExtraArgs:
     """W <- W - learning_rate * m x_1 (L_1 + eps I)^(-1/2k) ... x_k (L_k + eps I)^(-1/2k).
 
     Args:
       learning_rate: a number or a schedule.
       damping: eps.
-      decay: of the moving averages L_i of mat_i(g) mat_i(g)^T, g being the gradient itself.
-      momentum: accumulated before preconditioning, not dampened.
-      statistics_period: every how many steps the averages absorb a gradient.
-      inverse_period: every how many steps the roots are computed; in the first of these periods with every gradient
-        that is absorbed, as TNT does.
+      averages: of the L_i, each of mat_i(g) mat_i(g)^T, g being the gradient itself.
     """
 
     def contractions(w: jax.Array) -> list[jax.Array]:
-        unfolded = [_unfold(_view(w), i) for i in range(_view(w).ndim)]
+        view = _view(w)
+        unfolded = [_unfold(view, i) for i in range(view.ndim)]
         return [u @ u.T for u in unfolded]
 
-    def roots(w: jax.Array, averages: list[jax.Array]) -> list[jax.Array]:
+    def roots(w: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
         del w
-        return [inverse_root(c + damping * jnp.eye(len(c)), 2 * len(averages)) for c in averages]
+        return [inverse_root(c + damping * jnp.eye(len(c)), 2 * len(factors)) for c in factors]
 
-    scale = _scale_by_kronecker(
+    return _by_kronecker(
+        learning_rate,
         lambda grads, sampled, inverses: jax.tree.map(contractions, grads),
         roots,
         _multiply_modes,
         is_block=None,
-        decay=decay,
-        mu=momentum,
-        statistics_period=statistics_period,
-        inverse_period=inverse_period,
+        **averages,
     )
-    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def tensor_normal_mle(
     learning_rate: optax.ScalarOrSchedule,
     *,
     damping: Any = 0.1,
-    decay: float = 0.9,
-    momentum: float = 0.9,
-    statistics_period: int = 1,
-    inverse_period: int = 20,
+    **averages: Unpack[Averages],
 ) -> optax.GradientTransformationExtraArgs:
     """TNT, but its factors follow the equations of the maximum-likelihood estimate of a tensor-normal covariance.
 
@@ -87,11 +92,7 @@ def tensor_normal_mle(
     Args:
       learning_rate: a number or a schedule.
       damping: eps.
-      decay: of the moving averages U_i of the above for G, the sampled gradient.
-      momentum: accumulated before preconditioning, not dampened.
-      statistics_period: every how many steps the averages absorb a sampled gradient.
-      inverse_period: every how many steps the inverses are computed; in the first of these periods with every gradient
-        that is absorbed, as TNT does.
+      averages: of the U_i, each of the above for G, the sampled gradient.
     """
 
     def estimates(g: jax.Array, inverses: list[jax.Array]) -> list[jax.Array]:
@@ -115,17 +116,14 @@ def tensor_normal_mle(
         ratios = jnp.where(means > 0, jnp.prod(means ** (1 / len(factors))) / means, 1)
         return [_inverse(ratio * u, damping) for ratio, u in zip(ratios, factors, strict=True)]
 
-    scale = _scale_by_kronecker(
+    return _by_kronecker(
+        learning_rate,
         lambda grads, sampled, inverses: jax.tree.map(estimates, sampled, inverses),
         invert,
         _multiply_modes,
         is_block=None,
-        decay=decay,
-        mu=momentum,
-        statistics_period=statistics_period,
-        inverse_period=inverse_period,
+        **averages,
     )
-    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
 
 class LayerFactors(NamedTuple):
@@ -139,10 +137,7 @@ def kfac(
     learning_rate: optax.ScalarOrSchedule,
     *,
     damping: Any = 0.3,
-    decay: float = 0.9,
-    momentum: float = 0.9,
-    statistics_period: int = 1,
-    inverse_period: int = 20,
+    **averages: Unpack[Averages],
 ) -> optax.GradientTransformationExtraArgs:
     """V <- V - learning_rate * (A + sqrt(eps) I)^-1 m (B + sqrt(eps) I)^-1 for V = [kernel; bias] of each layer.
 
@@ -150,12 +145,8 @@ def kfac(
       learning_rate: a number or a schedule.
       damping: eps, whose root each factor has. Divided by the ratio of their traces, as Martens & Grosse do, the
         settings that TNT's authors published for KFAC diverge within an epoch of MNIST.
-      decay: of the moving averages A and B, which `value_and_layer_factors` gives: `update` takes them, or a function
-        that returns them, as `sampled_grads`.
-      momentum: accumulated before preconditioning, not dampened.
-      statistics_period: every how many steps the averages absorb new factors.
-      inverse_period: every how many steps the inverses are computed; in the first of these periods with every step
-        that is absorbed, as TNT does.
+      averages: of A and B, which `value_and_layer_factors` gives: `update` takes them, or a function that returns them,
+        as `sampled_grads`.
     """
 
     def inverses(layer: Any, factors: LayerFactors) -> LayerFactors:
@@ -167,17 +158,14 @@ def kfac(
         direction = factors.inputs @ jnp.concatenate([kernel, bias[None]]) @ factors.outputs
         return jax.tree.unflatten(jax.tree.structure(layer), [direction[-1], direction[:-1]])
 
-    scale = _scale_by_kronecker(
+    return _by_kronecker(
+        learning_rate,
         lambda grads, sampled, inverses: sampled,
         inverses,
         precondition,
         is_block=_is_layer,
-        decay=decay,
-        mu=momentum,
-        statistics_period=statistics_period,
-        inverse_period=inverse_period,
+        **averages,
     )
-    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def value_and_layer_factors(forward: Callable[..., Any], predictive: tnt_optax.PredictiveDistribution) -> Any:
@@ -250,28 +238,27 @@ def warm_start(
     return advance(opt_state, params, "refresh")
 
 
-def _scale_by_kronecker(
+def _by_kronecker(
+    learning_rate: optax.ScalarOrSchedule,
     observe: Callable[[Any, Any, Any], Any],
     invert: Callable[[Any, Any], Any],
     precondition: Callable[[Any, Any], Any],
     *,
     is_block: Callable[[Any], bool] | None,
-    decay: float,
-    mu: float,
-    statistics_period: int,
-    inverse_period: int,
+    decay: float = 0.9,
+    momentum: float = 0.9,
+    statistics_period: int = 1,
+    inverse_period: int = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, preconditioned block by block.
+    """Steps along the momentum, preconditioned block by block.
 
     Args:
+      learning_rate: a number or a schedule.
       observe: (gradients, `sampled_grads`, the inverses so far) -> what the statistics average.
       invert: (a block of parameters, its statistics) -> its inverses, of the same shapes.
       precondition: (a block of the momentum, its inverses) -> the direction.
       is_block: which nodes of the parameters' tree are blocks; None: the leaves.
-      decay: of the moving averages, whose first ones are a plain mean.
-      mu: the momentum.
-      statistics_period: every how many steps the statistics are updated.
-      inverse_period: every how many steps the inverses are.
+      decay, momentum, statistics_period, inverse_period: see `Averages`.
     """
 
     def init(params: optax.Params) -> KroneckerState:
@@ -315,11 +302,12 @@ def _scale_by_kronecker(
         statistics = lax.cond(absorb_now, lambda: absorb(weight), lambda: state.statistics)
         inverses = lax.cond(refresh_now, lambda: refresh(statistics), lambda: state.inverses)
         n = jnp.where(absorb_now, n + 1, n)
-        velocity = jax.tree.map(lambda m, g: mu * m + g, state.momentum, updates)
+        velocity = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
         direction = jax.tree.map(precondition, velocity, inverses, is_leaf=is_block)
         return direction, KroneckerState(jnp.asarray(optax.safe_increment(t)), n, velocity, statistics, inverses)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    scale = optax.GradientTransformationExtraArgs(init, update)
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def inverse_root(matrix: jax.Array, p: int) -> jax.Array:
