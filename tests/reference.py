@@ -24,7 +24,7 @@ def mode_product(tensor, matrix, mode):
     return np.moveaxis(np.tensordot(matrix, tensor, axes=(1, mode)), 0, mode)
 
 
-def identify(contractions):
+def normalize_factors(contractions):
     """Eq. (5): U_i from the (averaged) contractions."""
     dims = [len(c) for c in contractions]
     k, size = len(dims), np.prod(dims, dtype=float)
@@ -43,7 +43,7 @@ class TNT:
         *,
         learning_rate,
         damping,
-        decay=0.9,
+        statistics_decay=0.9,
         momentum=0.9,
         weight_decay=0.0,
         statistics_period=1,
@@ -51,7 +51,7 @@ class TNT:
         max_dim=10**9,
     ):
         self.learning_rate, self.damping = learning_rate, damping
-        self.decay, self.mu, self.weight_decay = decay, momentum, weight_decay
+        self.statistics_decay, self.mu, self.weight_decay = statistics_decay, momentum, weight_decay
         self.statistics_period, self.inverse_period = statistics_period, inverse_period
         self.max_dim = max_dim
         self.t, self.n = 0, 0
@@ -70,7 +70,7 @@ class TNT:
 
     def refresh(self):
         self.inverses = [
-            [np.linalg.inv(u + self.damping * np.eye(len(u))) for u in identify(averages)]
+            [np.linalg.inv(u + self.damping * np.eye(len(u))) for u in normalize_factors(averages)]
             for averages in self.contractions
         ]
 
@@ -84,7 +84,7 @@ class TNT:
         self.momentum = [self.mu * m + g for m, g in zip(self.momentum, grads, strict=True)]
         new_statistics = self.t % self.statistics_period == 0
         if new_statistics:
-            self.absorb(sampled_grads, max(1 - self.decay, 1 / (self.n + 1)))
+            self.absorb(sampled_grads, max(1 - self.statistics_decay, 1 / (self.n + 1)))
         if self.t % self.inverse_period == 0 or (self.t < self.inverse_period and new_statistics):
             self.refresh()
         self.t += 1

@@ -57,7 +57,7 @@ def test_inverse_root_of_an_ill_conditioned_matrix():
 def test_steps_against_numpy():
     rng = np.random.default_rng(1)
     gradients = [rng.normal(size=(4, 3)) for _ in range(5)]
-    tx = shampoo(0.1, damping=0.01, decay=0.8, momentum=0.5, statistics_period=1, inverse_period=3)
+    tx = shampoo(0.1, damping=0.01, statistics_decay=0.8, momentum=0.5, statistics_period=1, inverse_period=3)
     state, update = tx.init(jnp.zeros((4, 3))), jax.jit(tx.update)
     left, right, velocity = np.zeros((4, 4)), np.zeros((3, 3)), np.zeros((4, 3))
     for t, g in enumerate(gradients):
@@ -74,7 +74,7 @@ def test_steps_against_numpy():
 def test_maximum_likelihood_factors_against_numpy():
     rng = np.random.default_rng(7)
     eps, shape = 0.05, (4, 3, 2)
-    tx = tensor_normal_mle(0.1, damping=eps, decay=0.8, momentum=0.5, statistics_period=1, inverse_period=3)
+    tx = tensor_normal_mle(0.1, damping=eps, statistics_decay=0.8, momentum=0.5, statistics_period=1, inverse_period=3)
     params = {"a": jnp.zeros(shape), "b": jnp.zeros(3)}
     state, update = tx.init(params), jax.jit(tx.update)
     averages, factors, inverses = [np.zeros((d, d)) for d in shape], [], []
@@ -114,7 +114,9 @@ def test_maximum_likelihood_factors_find_a_covariance():
     rng = np.random.default_rng(8)
     truth = [covariance(rng, 4), covariance(rng, 3)]
     roots = [np.linalg.cholesky(u) for u in truth]
-    tx = tensor_normal_mle(1.0, damping=1e-4, decay=0.998, momentum=0.0, statistics_period=1, inverse_period=1)
+    tx = tensor_normal_mle(
+        1.0, damping=1e-4, statistics_decay=0.998, momentum=0.0, statistics_period=1, inverse_period=1
+    )
     gradient = rng.normal(size=(4, 3))
     state = tx.init(jnp.zeros((4, 3)))
     draws = np.einsum("ai,nij,bj->nab", roots[0], rng.normal(size=(8000, 4, 3)), roots[1])
@@ -185,7 +187,7 @@ def test_layer_factors_against_numpy():
 def test_kfac_against_dense_kronecker_products():
     rng = np.random.default_rng(4)
     params = layers(rng, (3, 2))
-    tx = kfac(0.1, damping=0.04, decay=0.8, momentum=0.5, statistics_period=1, inverse_period=3)
+    tx = kfac(0.1, damping=0.04, statistics_decay=0.8, momentum=0.5, statistics_period=1, inverse_period=3)
     state, update = tx.init(params), jax.jit(tx.update)
     a, b, velocity = np.zeros((4, 4)), np.zeros((2, 2)), np.zeros((4, 2))
     for t in range(5):

@@ -10,7 +10,7 @@ import reference
 from tnt_optax import Categorical, scale_by_tnt, tnt, value_and_sampled_grad
 
 SHAPES = [(24,), (16, 24), (4, 6, 8)]
-HYPERPARAMS = {"damping": 0.1, "decay": 0.8, "momentum": 0.9, "statistics_period": 2, "inverse_period": 3}
+HYPERPARAMS = {"damping": 0.1, "statistics_decay": 0.8, "momentum": 0.9, "statistics_period": 2, "inverse_period": 3}
 ROUNDING = 2.0**-8  # Half a unit in the last of bfloat16's 8 bits, relative to the number.
 EPSILON = float(np.finfo(np.float32).eps)
 
@@ -79,7 +79,7 @@ def test_a_model_in_bfloat16(microbatches):
 
     @jax.jit
     def step(params, state, key):
-        value_and_grads = value_and_sampled_grad(forward, Categorical(), scale="fisher", microbatches=microbatches)
+        value_and_grads = value_and_sampled_grad(forward, Categorical(), microbatches=microbatches)
         loss, grads, sampled_grads = value_and_grads(params, inputs, labels, key)
         sampled = sampled_grads()
         updates, state = tx.update(grads, state, params, sampled_grads=sampled)
@@ -104,7 +104,7 @@ def test_loss_and_samples_are_those_of_the_logits_in_float32():
     rng = np.random.default_rng(2)
     logits, key = jnp.asarray(rng.normal(size=(64, 5)), jnp.bfloat16), jax.random.key(0)
     labels = jnp.asarray(rng.integers(0, 5, 64))
-    value_and_grads = value_and_sampled_grad(lambda shift, x: x + shift, Categorical())
+    value_and_grads = value_and_sampled_grad(lambda shift, x: x + shift, Categorical(), scale="mean")
     loss, _, sampled_grads = value_and_grads(jnp.zeros(5, jnp.bfloat16), logits, labels, key)
     z = np.asarray(logits, np.float64)
     exact = np.log(np.exp(z).sum(axis=1)) - z[np.arange(64), labels]

@@ -1,14 +1,17 @@
 """A run of examples/checkpoint.py that is stopped or killed, and started again, ends like one that ran through."""
 
-import concurrent.futures
+import contextlib
+import io
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +25,31 @@ ocp = pytest.importorskip("orbax.checkpoint", reason="the example needs the extr
 pytest.importorskip("sklearn", reason="the example needs the extra `examples`")
 
 
-def start(directory, steps, *arguments):
-    words = ("--directory", directory, "--steps", steps, "--widths", 8, *arguments)
+PROGRAM = str(ROOT / "examples/checkpoint.py")
+RUN = ("--widths", 8)
+
+
+def train(directory, steps, *arguments):
+    """Runs the program in this process, where JAX is imported already, and returns its last line."""
+    words = [PROGRAM, "--directory", directory, "--steps", steps, *RUN, *arguments]
+    with (
+        mock.patch.object(sys, "argv", [str(word) for word in words]),
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        jax.numpy_dtype_promotion("standard"),  # Flax relies on it.
+    ):
+        runpy.run_path(PROGRAM, run_name="__main__")
+    return checked(stdout.getvalue(), steps)
+
+
+def checked(stdout, steps):
+    line = stdout.splitlines()[-1]
+    assert re.fullmatch(rf"step {steps}, loss \d+\.\d{{4}}, SHA-256 [0-9a-f]{{64}}", line)
+    return line
+
+
+def start(directory, steps):
+    """The program in a process of its own, which saves a checkpoint every third step."""
+    words = ("--directory", directory, "--steps", steps, "--every", 3, *RUN)
     # Compiling would be most of what these small runs do: do little of it, and once.
     settings = {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -31,7 +57,7 @@ def start(directory, steps, *arguments):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "examples/checkpoint.py"), *map(str, words)],
+        [sys.executable, PROGRAM, *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -39,21 +65,14 @@ def start(directory, steps, *arguments):
     )
 
 
-def train(*arguments):
-    with start(*arguments) as process:
+def last_line(directory, steps):
+    with start(directory, steps) as process:
         try:
             stdout, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
-    return process.returncode, stdout, stderr
-
-
-def last_line(directory, steps, *arguments):
-    code, stdout, stderr = train(directory, steps, *arguments)
-    assert code == 0, stderr
-    line = stdout.splitlines()[-1]
-    assert re.fullmatch(rf"step {steps}, loss \d+\.\d{{4}}, SHA-256 [0-9a-f]{{64}}", line)
-    return line
+    assert process.returncode == 0, stderr
+    return checked(stdout, steps)
 
 
 def complete(directory):
@@ -64,7 +83,7 @@ def complete(directory):
 def kill(directory, rng):
     """Starts a run and kills it shortly after it began to write one of its first few checkpoints."""
     before, seen, wanted = set(directory.glob("*")), set(), rng.randint(1, 5)
-    with start(directory, 40, "--every", 3) as process:
+    with start(directory, 40) as process:
         try:
             deadline = time.monotonic() + 120
             while len(seen) < wanted and process.poll() is None and time.monotonic() < deadline:
@@ -76,55 +95,40 @@ def kill(directory, rng):
     return process.returncode
 
 
-def killed(directory, kills=2, seed=0):
-    """The newest complete checkpoint after each of some kills, and what the last run said."""
+def killed(directory, kills, seed):
+    """The newest complete checkpoint after each of some kills, and the last line of the run that ends."""
     rng, newest = random.Random(seed), []
     for _ in range(kills):
         assert kill(directory, rng) == -signal.SIGKILL
         newest.append(max(complete(directory), default=0))
-    return newest, last_line(directory, 40, "--every", 3)
+    return newest, last_line(directory, 40)
 
 
 def test_run_that_goes_on_ends_with_the_same_bytes(tmp_path):
-    # One test: pytest-xdist would run a fixture that several tests share once for each of its processes.
-    through = last_line(tmp_path / "through", 40)  # Before the others, for which it compiles.
-
-    def stopped(steps):
-        last_line(tmp_path / str(steps), steps)
+    through = train(tmp_path / "through", 12)
+    for steps in (7, 10):  # Between two updates of the inverses, and before one.
+        train(tmp_path / str(steps), steps)
         assert max(complete(tmp_path / str(steps))) == steps
-        return last_line(tmp_path / str(steps), 40)
+        assert train(tmp_path / str(steps), 12) == through
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        between_refreshes, on_a_refresh = pool.submit(stopped, 13), pool.submit(stopped, 20)
-        another_model = pool.submit(train, tmp_path / "through", 50, "--widths", 9)
-        newest, line = killed(tmp_path / "killed")
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path / "through", 20, "--widths", 9)
+    assert str(tmp_path / "through") in str(error.value)
+    assert "['layers'][0]['bias'] is (8,) there, and (9,) here" in str(error.value)
+    assert max(complete(tmp_path / "through")) == 12
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "seed"), [(2, 0), *((3, seed) for seed in range(1, 7))])
+def test_run_that_is_killed_ends_with_the_same_bytes(tmp_path, kills, seed):
+    through = last_line(tmp_path / "through", 40)
+    newest, line = killed(tmp_path / "killed", kills, seed)
     assert 0 < newest[-1] < 40  # There was something to restore, and something left to do.
     assert newest == sorted(newest)
     assert line == through
     # Only the two newest remain, and nothing half written.
     assert complete(tmp_path / "killed") == {39, 40}
     assert not list((tmp_path / "killed").glob("*tmp*"))
-
-    assert between_refreshes.result() == through
-    assert on_a_refresh.result() == through
-
-    code, stdout, stderr = another_model.result()
-    assert code != 0
-    assert "Traceback" not in stdout + stderr
-    (error,) = stderr.splitlines()
-    assert str(tmp_path / "through") in error
-    assert "['layers'][0]['bias'] is (8,) there, and (9,) here" in error
-    assert max(complete(tmp_path / "through")) == 40
-
-
-@pytest.mark.slow
-def test_many_kills(tmp_path):
-    through = last_line(tmp_path / "through", 40)
-    for seed in range(1, 7):
-        newest, line = killed(tmp_path / str(seed), kills=3, seed=seed)
-        assert newest == sorted(newest)
-        assert line == through
 
 
 def test_state_returns_as_it_was(tmp_path):

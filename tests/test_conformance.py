@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import random_trees, tnt_state
 
 import tnt_optax
-from tnt_optax import TNTState, scale_by_tnt, tnt
+from tnt_optax import scale_by_tnt, tnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +58,13 @@ SHORT = {"statistics_period": 2, "inverse_period": 3, "damping": 0.2}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def random_trees(seed, steps, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    return [{k: jnp.asarray(rng.normal(size=s), dtype) for k, s in SHAPES.items()} for _ in range(steps)]
+def trees(seed, steps, dtype=jnp.float32):
+    return random_trees(seed, steps, dtype, shapes=SHAPES)
 
 
 def run(variant, tx, steps=4, jit=True, **extra):
     """Parameters and state after a few steps."""
-    (params,) = random_trees(0, 1)
+    (params,) = trees(0, 1)
     state = tx.init(params)
 
     def step(grads, state, params, sampled):
@@ -72,14 +72,9 @@ def run(variant, tx, steps=4, jit=True, **extra):
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(step) if jit else step
-    for grads, sampled in zip(random_trees(1, steps), random_trees(2, steps), strict=True):
+    for grads, sampled in zip(trees(1, steps), trees(2, steps), strict=True):
         params, state = step(grads, state, params, sampled)
     return params, state
-
-
-def tnt_state(state):
-    (found,) = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TNTState)) if isinstance(x, TNTState)]
-    return found
 
 
 @pytest.mark.parametrize("jit", [True, False])
@@ -91,8 +86,8 @@ def test_eager_and_jitted_equal_the_reference(variant, jit):
         return [np.asarray(tree[k], np.float64).reshape(view) for k, view in views.items()]
 
     truth = reference.TNT(list(views.values()), learning_rate=0.1, **SHORT)
-    expected = as_views(random_trees(0, 1)[0])
-    for grads, sampled in zip(random_trees(1, 4), random_trees(2, 4), strict=True):
+    expected = as_views(trees(0, 1)[0])
+    for grads, sampled in zip(trees(1, 4), trees(2, 4), strict=True):
         expected = truth.step(expected, as_views(grads), as_views(grads if variant.way == "empirical" else sampled))
     for ours, theirs in zip(as_views(params), expected, strict=True):
         # float32 against float64, three inverses of condition number up to 1e2 in a row.
@@ -107,7 +102,7 @@ def test_unknown_extra_arguments_are_accepted(variant):
 def test_no_recompilation_on_the_second_call(variant):
     chex.clear_trace_counter()
     tx = variant(0.1, **SHORT)
-    (params,) = random_trees(0, 1)
+    (params,) = trees(0, 1)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
@@ -167,17 +162,20 @@ def test_map_params_that_does_nothing_and_that_does(variant):
     chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, state), state)
     before, after = tnt_state(state), tnt_state(optax.tree.map_params(tx, jnp.zeros_like, state))
     zeros = jax.tree.map(jnp.zeros_like, before)
-    chex.assert_trees_all_equal(after, zeros._replace(count=before.count, statistics_count=before.statistics_count))
+    # All that is not of a single parameter stays.
+    scalars = [name for name in before._fields if isinstance(getattr(before, name), jax.Array)]
+    chex.assert_trees_all_equal(after, zeros._replace(**{name: getattr(before, name) for name in scalars}))
     assert int(before.count) == 4
+    assert "momentum" not in scalars
 
 
 @pytest.mark.parametrize("jit", [True, False])
 def test_inject_hyperparams_equals_plain(variant, jit):
     fisher = "empirical" if variant.way == "empirical" else "sampled"
-    hyperparams = {**SHORT, "decay": 0.8, "momentum": 0.7, "trust_radius": 0.3}
+    hyperparams = {**SHORT, "statistics_decay": 0.8, "momentum": 0.7, "trust_radius": 0.3}
     if variant.factory is tnt:
         hyperparams |= {"learning_rate": 0.1, "weight_decay": 0.1}
-        injected = optax.inject_hyperparams(tnt, static_args=("modes", "max_dim"))(fisher=fisher, **hyperparams)
+        injected = optax.inject_hyperparams(tnt, static_args=("views", "max_dim"))(fisher=fisher, **hyperparams)
         plain = tnt(fisher=fisher, **hyperparams)
     else:
         injected = optax.inject_hyperparams(scale_by_tnt)(fisher=fisher, **hyperparams)
@@ -186,6 +184,24 @@ def test_inject_hyperparams_equals_plain(variant, jit):
     ours, state = run(variant, injected, jit=jit)
     chex.assert_trees_all_close(ours, expected, **CLOSE)
     assert set(hyperparams) <= set(state.hyperparams)
+
+
+@pytest.mark.parametrize("factory", [tnt, scale_by_tnt])
+@pytest.mark.parametrize("way", [jax.jit, lambda f: lambda *args: jax.eval_shape(f, *args)], ids=["jit", "eval_shape"])
+def test_inject_hyperparams_with_all_defaults_under_tracing(factory, way):
+    """It makes arrays of all numbers, which are traced here: no default may be looked at as a Python number."""
+    (params,) = trees(0, 1)
+    tx = optax.inject_hyperparams(factory)()
+    state = way(tx.init)(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        tnt_state(state), factory().init(params)[0] if factory is tnt else factory().init(params)
+    )
+    update = way(lambda g, s: tx.update(g, s, g, sampled_grads=g))
+    if way is jax.jit:
+        updates, _ = update(params, state)
+        plain = factory()
+        expected, _ = jax.jit(lambda g: plain.update(g, plain.init(g), g, sampled_grads=g))(params)
+        chex.assert_trees_all_close(updates, expected, **CLOSE)
 
 
 def test_a_constant_schedule_equals_a_number(variant):
@@ -222,7 +238,7 @@ def test_dtypes_through_a_conditional(variant, dtypes):
         def cast(tree):
             return {k: x.astype(dtype) for (k, x), dtype in zip(tree.items(), dtypes, strict=True)}
 
-        grads, sampled = cast(random_trees(0, 1)[0]), cast(random_trees(1, 1)[0])
+        grads, sampled = cast(trees(0, 1)[0]), cast(trees(1, 1)[0])
         tx = variant(0.1, **SHORT)
 
         @jax.jit
@@ -268,7 +284,7 @@ def test_no_parameters_at_all(variant):
 
 
 def test_init_reads_only_shapes_and_dtypes(variant):
-    tx, (params,) = variant(0.1), random_trees(0, 1)
+    tx, (params,) = variant(0.1), trees(0, 1)
     state = tx.init(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     chex.assert_trees_all_equal(tx.init(shapes), state)
@@ -279,12 +295,12 @@ def test_masked_and_partition_with_full_sampled_gradients(variant):
     def labels(tree):
         return {k: "tnt" if k in ("dense", "conv") else "sgd" for k in tree}
 
-    (start,) = random_trees(0, 1)
+    (start,) = trees(0, 1)
     expected, _ = run(variant, variant(0.1, **SHORT))
     partitioned, _ = run(variant, optax.partition({"tnt": variant(0.1, **SHORT), "sgd": optax.sgd(0.1)}, labels))
     masked, _ = run(variant, optax.masked(variant(0.1, **SHORT), {k: v == "tnt" for k, v in labels(start).items()}))
     for name, label in labels(start).items():
-        sums = sum(np.asarray(grads[name]) for grads in random_trees(1, 4))
+        sums = sum(np.asarray(grads[name]) for grads in trees(1, 4))
         for tree, rate in ((partitioned, -0.1), (masked, 1.0)):  # `masked` hands on what it does not touch.
             truth = expected[name] if label == "tnt" else start[name] + rate * sums
             np.testing.assert_allclose(tree[name], truth, **CLOSE, err_msg=name)
@@ -307,7 +323,7 @@ def test_wrappers(variant, wrap):
 
 def test_apply_if_finite_skips_a_step_that_is_not(variant):
     """It sees the zero update of a rejected gradient, which is finite: nothing changes, and both go on counting."""
-    (params,) = random_trees(0, 1)
+    (params,) = trees(0, 1)
     tx = optax.apply_if_finite(variant(0.1, **SHORT), 3)
     bad = jax.tree.map(lambda x: x * jnp.nan, params)
     updates, state = tx.update(bad, tx.init(params), params, **variant.extra(params))
@@ -318,10 +334,10 @@ def test_apply_if_finite_skips_a_step_that_is_not(variant):
 @jax.numpy_dtype_promotion("standard")  # MultiSteps itself promotes.
 def test_multi_steps_sees_the_mean_gradient_and_the_last_sampled_one(variant):
     """Docs: recipes. MultiSteps calls the optimizer at every mini-step, and keeps what comes of each k-th call."""
-    (params,) = random_trees(0, 1)
+    (params,) = trees(0, 1)
     tx, plain = variant(0.1, **SHORT), variant(0.1, **SHORT)
     multi = optax.MultiSteps(tx, 3)
-    all_grads, all_sampled = random_trees(1, 9), random_trees(2, 9)
+    all_grads, all_sampled = trees(1, 9), trees(2, 9)
     ours, state = params, multi.init(params)
     step = jax.jit(lambda g, s, p, sampled: multi.update(g, s, p, **variant.extra(sampled)))
     for grads, sampled in zip(all_grads, all_sampled, strict=True):
@@ -356,7 +372,7 @@ def test_split_real_and_imaginary(factory):
 
 def test_vmapped_optimizers_equal_separate_ones(variant):
     """Three trainings at once, each with its own learning rate and damping."""
-    grads, sampled = random_trees(0, 6), random_trees(1, 6)
+    grads, sampled = trees(0, 6), trees(1, 6)
     rates, dampings = jnp.array([0.1, 0.2, 0.3]), jnp.array([0.3, 0.2, 0.5])
 
     def train(rate, damping, grads, sampled):
@@ -377,6 +393,48 @@ def test_vmapped_optimizers_equal_separate_ones(variant):
     for i in range(3):
         expected = alone(rates[i], dampings[i], [grads[i], grads[i + 3]], [sampled[i], sampled[i + 3]])
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), expected, **CLOSE)
+
+
+def test_vmap_keeps_the_periods():
+    """`jax.lax.cond` becomes a selection under vmap, and would run both branches at every step."""
+    runs = []
+
+    def sampled(tree):
+        def compute():
+            jax.debug.callback(lambda: runs.append(1))
+            return tree
+
+        return compute
+
+    (params,) = [jax.tree.map(lambda *x: jnp.stack(x), *trees(0, 3))]
+    tx = tnt(0.1, statistics_period=3, inverse_period=5, damping=0.1)
+    state, alone = jax.vmap(tx.init)(params), [tx.init(tree) for tree in trees(0, 3)]
+    step = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, g, sampled_grads=sampled(g))))
+    step_alone = jax.jit(lambda g, s: tx.update(g, s, g, sampled_grads=g))
+    per_step = []
+    for _ in range(7):
+        runs.clear()
+        updates, state = jax.block_until_ready(step(params, state))
+        jax.effects_barrier()
+        per_step.append(len(runs))
+        for i, grads in enumerate(trees(0, 3)):
+            expected, alone[i] = step_alone(grads, alone[i])
+            chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], updates), expected, **CLOSE)
+    assert per_step == [1, 0, 0, 1, 0, 0, 1]
+
+
+def test_vmapped_states_at_different_steps():
+    """Each is updated in its own steps."""
+    (grads,) = trees(0, 1)
+    tx = tnt(0.1, statistics_period=2, inverse_period=3, damping=0.1)
+    step = jax.jit(lambda g, s: tx.update(g, s, g, sampled_grads=g))
+    states = [tx.init(grads)]
+    for t in range(5):
+        states.append(step(jax.tree.map(lambda x, t=t: x * (t + 1), grads), states[-1])[1])
+    together = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    _, ours = jax.jit(jax.vmap(lambda s: tx.update(grads, s, grads, sampled_grads=grads)))(together)
+    for i, state in enumerate(states):
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], ours), step(grads, state)[1], **CLOSE)
 
 
 def test_optax_tree_get_and_set(variant):

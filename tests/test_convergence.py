@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import contraction, identify
+from reference import contraction, normalize_factors
 from test_examples import program
 
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
@@ -56,7 +56,7 @@ def enumerated(w):
 def dense_inverse(w):
     """F_TNT^-1, (48, 48)."""
     matrix = np.ones((1, 1))
-    for u in identify(enumerated(w)):
+    for u in normalize_factors(enumerated(w)):
         matrix = np.kron(matrix, u + DAMPING * np.eye(len(u)))
     return np.linalg.inv(matrix)
 
@@ -106,7 +106,7 @@ def test_the_variance():
 
 
 def test_the_bounds_of_the_factors():
-    eigenvalues = np.array([[np.linalg.eigvalsh(u).max() for u in identify(enumerated(w))] for w in weights()])
+    eigenvalues = np.array([[np.linalg.eigvalsh(u).max() for u in normalize_factors(enumerated(w))] for w in weights()])
     bounds = np.array(convergence.factor_bounds(DATA.inputs))
     assert np.all(eigenvalues <= bounds)
     # None is so wide that it says nothing. Weights that cannot tell two of the labels apart come near to the last.

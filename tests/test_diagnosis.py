@@ -12,7 +12,7 @@ import pytest
 import reference
 from flax import nnx
 
-from tnt_optax import HistoryState, Modes, TNTState, diagnostics, draw_diagnostics, scale_by_tnt, tnt, warm_start
+from tnt_optax import TensorView, diagnostics, draw_diagnostics, scale_by_tnt, tnt, warm_start
 
 # The shapes, and those in which they are preconditioned.
 SHAPES = {
@@ -30,13 +30,6 @@ OF_A_MODE = {
     "condition",
     "damped_condition",
     "share_below_damping",
-}
-COUNTERS = {
-    "tnt/bounded_steps",
-    "tnt/bounded_share",
-    "tnt/rejected_gradients",
-    "tnt/rejected_sampled_gradients",
-    "tnt/rejected_inverses",
 }
 
 
@@ -77,18 +70,18 @@ def trained(tx, steps=14, dtype=jnp.float32):
 def test_the_factors_equal_numpy_s(max_dim, dtype):
     eps = 0.9  # Close to the mean of all eigenvalues.
     with jax.enable_x64(dtype == jnp.float64):
-        tx = tnt(0.1, damping=eps, decay=0.8, statistics_period=1, inverse_period=5, max_dim=max_dim)
+        tx = tnt(0.1, damping=eps, statistics_decay=0.8, statistics_period=1, inverse_period=5, max_dim=max_dim)
         state, _, _, sampled = trained(tx, dtype=dtype)
         truth = reference.TNT([v for _, v in SHAPES.values()], learning_rate=0.1, damping=eps, max_dim=max_dim)
         for tree in sampled:
             truth.absorb(views(tree), max(1 - 0.8, 1 / (truth.n + 1)))
-        values = diagnostics(state, damping=eps)
-        jitted = jax.jit(lambda s: diagnostics(s, damping=eps))(state)
+        values = diagnostics(state)
+        jitted = jax.jit(lambda s: diagnostics(s))(state)
         # An eigenvalue is off by a few times epsilon * the largest one, the smallest thus by the condition number times
         # as much, relatively: 200 * 6e-8, or 200 * 1e-16.
         rtol = 5e-5 if dtype == jnp.float32 else 1e-12
         for name, contractions in zip(SHAPES, truth.contractions, strict=True):
-            for mode, u in enumerate(reference.identify(contractions)):
+            for mode, u in enumerate(reference.normalize_factors(contractions)):
                 expected = expected_of_a_mode(u, eps)
                 assert expected["condition"] < 200
                 # No eigenvalue is so close to the damping that rounding could put it on the other side.
@@ -106,11 +99,11 @@ def test_the_factors_equal_numpy_s(max_dim, dtype):
 def test_the_modes_make_up_the_fisher_matrix_of_the_parameter():
     """U_1 x U_2 of all elements: its trace is E|G|^2, and its condition number the product."""
     state, _, _, sampled = trained(tnt(0.1, statistics_period=1), steps=9)
-    values = diagnostics(state, damping=EPS)
+    values = diagnostics(state)
     contractions = [
         np.mean([reference.contraction(views(tree)[2], mode) for tree in sampled], axis=0) for mode in range(2)
     ]
-    kronecker = np.kron(*reference.identify(contractions))
+    kronecker = np.kron(*reference.normalize_factors(contractions))
     traces, conditions = ([values[f"dense/mode_{i}/{what}"] for i in range(2)] for what in ("trace", "condition"))
     # float32 as above. The first ten statistics are a plain mean.
     np.testing.assert_allclose(np.prod(traces), np.trace(kronecker), rtol=1e-5)
@@ -123,15 +116,15 @@ def test_a_stack_has_arrays_of_its_shape(max_dim):
     """The same numbers as each layer has alone; with modes as long as the stack, and of length 1."""
     rng = np.random.default_rng(0)
     sampled = [rng.normal(size=(2, 4, 3, 4, 1)).astype(np.float32) for _ in range(6)]
-    stacked = tnt(0.1, modes=lambda path, shape: Modes(((1,), (3,), (4,)), batch=(0, 2)), max_dim=max_dim)
+    stacked = tnt(0.1, views=lambda path, shape: TensorView(((1,), (3,), (4,)), batch_axes=(0, 2)), max_dim=max_dim)
     alone = tnt(0.1, max_dim=max_dim)
     zeros = jnp.zeros_like(sampled[0])
-    values = diagnostics(warm_start(stacked, stacked.init(zeros), zeros, map(jnp.asarray, sampled)), damping=EPS)
+    values = diagnostics(warm_start(stacked, stacked.init(zeros), zeros, map(jnp.asarray, sampled)))
     for i in range(2):
         for j in range(3):
             slices = [jnp.asarray(x[i, :, j]) for x in sampled]
             state = warm_start(alone, alone.init(slices[0]), slices[0], slices)
-            of_one = diagnostics(state, damping=EPS)
+            of_one = diagnostics(state)
             for mode in range(3):
                 for what in OF_A_MODE:
                     key = f"mode_{mode}/{what}"
@@ -159,10 +152,10 @@ def test_ages(periods, jit):
     grads = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
     update = jax.jit(tx.update) if jit else tx.update
     state, ages = tx.init(grads), []
-    assert int(diagnostics(state, damping=EPS)["w/age"]) == -1
+    assert int(diagnostics(state)["w/age"]) == -1
     for _ in AGES[periods]:
         _, state = update(grads, state, sampled_grads=grads)
-        values = diagnostics(state, damping=EPS)
+        values = diagnostics(state)
         assert int(values["b/age"]) == int(values["w/age"])
         ages.append(int(values["w/age"]))
     assert ages == AGES[periods]
@@ -172,15 +165,15 @@ def test_ages(periods, jit):
 @pytest.mark.parametrize("injected", [False, True])
 def test_ages_of_parts(parts, injected):
     """Of each parameter: the steps since its inverses were seen to change."""
-    hyperparams = {"learning_rate": 0.1, "statistics_period": 1, "inverse_period": 6, "refresh_parts": parts}
+    hyperparams = {"learning_rate": 0.1, "statistics_period": 1, "inverse_period": 6, "inverse_parts": parts}
     if injected:
-        factory = optax.inject_hyperparams(tnt, static_args=("refresh_parts", "max_dim", "modes"))
+        factory = optax.inject_hyperparams(tnt, static_args=("inverse_parts", "max_dim", "views"))
         tx = factory(**hyperparams)
     else:
         tx = tnt(**hyperparams)
     sampled = random_trees(1, 16)
     state, update, changed, seen = tx.init(sampled[0]), jax.jit(tx.update), {}, set()
-    read = jax.jit(lambda state: diagnostics(state, damping=EPS))
+    read = jax.jit(lambda state: diagnostics(state))
     for t, tree in enumerate(sampled):
         before = optax.tree.get(state, "inverses", filtering=lambda path, _: "TNTState" in str(path))
         _, state = update(tree, state, tree, sampled_grads=tree)
@@ -205,7 +198,7 @@ def test_rejected_refreshes_do_not_count():
         state, ages = tx.init(grads), []
         for _ in range(5):
             _, state = tx.update(grads, state, sampled_grads=grads)
-            values = diagnostics(state, damping=EPS)
+            values = diagnostics(state)
             ages.append(int(values["w/age"]))
         assert ages == expected
         assert int(values["tnt/rejected_inverses"]) == 5 - first_bad
@@ -215,18 +208,18 @@ def test_a_warm_start_is_a_refresh():
     grads = random_trees(0, 5)
     tx = tnt(0.1, statistics_period=1, inverse_period=100)
     state = warm_start(tx, tx.init(grads[0]), grads[0], grads)
-    assert int(diagnostics(state, damping=EPS)["dense/age"]) == 0
-    assert int(diagnostics(state, damping=EPS)["tnt/absorbed"]) == 5
+    assert int(diagnostics(state)["dense/age"]) == 0
+    assert int(diagnostics(state)["tnt/absorbed"]) == 5
     late = tnt(0.1, statistics_period=100, inverse_period=100)
     for age in (1, 2, 3):
         _, state = late.update(grads[0], state, sampled_grads=grads[0])
-        assert int(diagnostics(state, damping=EPS)["dense/age"]) == age
+        assert int(diagnostics(state)["dense/age"]) == age
     state = warm_start(late, state, grads[0], grads[:2])
-    values = diagnostics(state, damping=EPS)
+    values = diagnostics(state)
     assert int(values["dense/age"]) == 0
     assert int(values["tnt/steps"]) == 3
     _, state = late.update(grads[0], state, sampled_grads=grads[0])
-    assert int(diagnostics(state, damping=EPS)["dense/age"]) == 1
+    assert int(diagnostics(state)["dense/age"]) == 1
 
 
 def test_bounded_steps_are_those_whose_norm_exceeds_the_radius():
@@ -241,11 +234,11 @@ def test_bounded_steps_are_those_whose_norm_exceeds_the_radius():
     radius = float(np.mean(np.sort(norms)[4:6]))  # Between the fifth and the sixth: seven are longer.
     tx = tnt(lr, trust_radius=radius, **hyperparams)
     state, update = tx.init(grads[0]), jax.jit(tx.update)
-    assert float(diagnostics(state, damping=EPS)["tnt/bounded_share"]) == 0
+    assert float(diagnostics(state)["tnt/bounded_share"]) == 0
     for t, (g, s) in enumerate(zip(grads, sampled, strict=True)):
         assert abs(norms[t] / radius - 1) > 1e-3  # float32 cannot see it otherwise.
         _, state = update(g, state, sampled_grads=s)
-        values = diagnostics(state, damping=EPS)
+        values = diagnostics(state)
         assert int(values["tnt/bounded_steps"]) == np.sum(np.array(norms[: t + 1]) > radius)
     assert int(values["tnt/bounded_steps"]) == 7
     np.testing.assert_allclose(values["tnt/bounded_share"], 7 / 12, rtol=1e-6)  # float32
@@ -253,16 +246,16 @@ def test_bounded_steps_are_those_whose_norm_exceeds_the_radius():
     huge = jax.tree.map(lambda x: jnp.full_like(x, 1e30), grads[0])  # Too long for a norm in float32: not shortened.
     for gradient in (bad, huge):
         _, state = update(gradient, state, sampled_grads=sampled[0])
-    values = diagnostics(state, damping=EPS)
+    values = diagnostics(state)
     assert int(values["tnt/bounded_steps"]) == 7
     assert int(values["tnt/rejected_gradients"]) == 2
     free, _, _, _ = trained(tnt(lr))
-    assert int(diagnostics(free, damping=EPS)["tnt/bounded_steps"]) == 0
+    assert int(diagnostics(free)["tnt/bounded_steps"]) == 0
 
 
 def test_updates_beside_gradients():
     state, grads, updates, _ = trained(tnt(0.1, damping=EPS, weight_decay=0.1))
-    values = jax.jit(lambda *x: diagnostics(x[0], damping=EPS, grads=x[1], updates=x[2]))(state, grads, updates)
+    values = jax.jit(lambda *x: diagnostics(x[0], grads=x[1], updates=x[2]))(state, grads, updates)
     for name in SHAPES:
         u, g = np.ravel(updates[name]).astype(float), np.ravel(grads[name]).astype(float)
         # Sums of 72 terms in float32.
@@ -271,7 +264,7 @@ def test_updates_beside_gradients():
         )
         cosine = u @ g / np.linalg.norm(u) / np.linalg.norm(g)
         np.testing.assert_allclose(values[f"{name}/cosine"], cosine, rtol=1e-4, atol=1e-5)
-    assert "dense/cosine" not in diagnostics(state, damping=EPS)
+    assert "dense/cosine" not in diagnostics(state)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])  # Whose squares are no float32.
@@ -280,7 +273,7 @@ def test_norms_of_extreme_and_zero_updates(size):
 
     def compare(u, g):
         trees = ({"w": jnp.asarray(x, jnp.float32)} for x in (g, u))
-        values = diagnostics(state, damping=EPS, **dict(zip(("grads", "updates"), trees, strict=True)))
+        values = diagnostics(state, **dict(zip(("grads", "updates"), trees, strict=True)))
         return [float(values[f"w/{what}"]) for what in ("update_to_gradient", "cosine")]
 
     # float32
@@ -311,8 +304,8 @@ WRAPPERS = {
 def test_wrapped_states(name):
     plain, *_ = trained(tnt(0.1, **SETTINGS), steps=5)
     state, grads, updates, _ = trained(WRAPPERS[name](), steps=5)
-    expected = diagnostics(plain, damping=EPS)
-    values = diagnostics(state, damping=EPS, grads=grads, updates=updates)
+    expected = diagnostics(plain)
+    values = diagnostics(state, grads=grads, updates=updates)
     inside = {"masked": {"dense"}, "partition": {"dense", "conv"}}.get(name, set(SHAPES))
     assert {key.split("/")[0] for key in values} == {"tnt", *inside}
     for key, value in values.items():
@@ -321,27 +314,47 @@ def test_wrapped_states(name):
             np.testing.assert_allclose(value, expected[key], rtol=1e-2 if "condition" in key else 1e-4, atol=1e-5)
     assert all(f"{k}/cosine" in values for k in inside)
     if name == "inject":
-        eps = state.hyperparams["damping"]
-        chex.assert_trees_all_equal(diagnostics(state, damping=eps)["tnt/damping"], jnp.float32(EPS))
+        chex.assert_trees_all_equal(diagnostics(state)["tnt/damping"], jnp.float32(EPS))
 
 
 def test_two_states_have_their_places_in_the_names():
     two = optax.partition({"matrices": tnt(0.1, **SETTINGS), "rest": scale_by_tnt(**SETTINGS)}, labels)
-    values = diagnostics(trained(two, steps=5)[0], damping=EPS)
+    values = diagnostics(trained(two, steps=5)[0])
     matrices, rest = "inner_states/matrices/inner_state/0/", "inner_states/rest/inner_state/"
     assert int(values[matrices + "tnt/steps"]) == int(values[rest + "tnt/steps"]) == 5
     assert matrices + "dense/mode_0/trace" in values
     assert rest + "bias/mode_0/trace" in values
     assert matrices + "dense/age" in values
-    assert rest + "bias/age" not in values
+    assert rest + "bias/age" in values
     assert all(key.startswith((matrices, rest)) for key in values)
 
 
-def test_scale_by_tnt_has_no_counters():
-    with_counters = diagnostics(trained(tnt(0.1, **SETTINGS), steps=3)[0], damping=EPS)
-    without = diagnostics(trained(scale_by_tnt(**SETTINGS), steps=3)[0], damping=EPS)
-    assert set(with_counters) - set(without) == COUNTERS | {f"{name}/age" for name in SHAPES}
-    assert set(without) <= set(with_counters)
+def test_scale_by_tnt_counts_as_tnt_does():
+    """Faults included."""
+    settings = {"statistics_period": 1, "inverse_period": 2, "trust_radius": 0.5}
+    bad = jax.tree.map(lambda x: x * jnp.nan, random_trees(3, 1)[0])
+    values = []
+    # With a learning rate of 1, the bound of the step is that of the direction.
+    for tx in (tnt(1.0, **settings), scale_by_tnt(**settings)):
+        state, *_ = trained(tx, steps=5)
+        update = jax.jit(tx.update)
+        _, state = update(bad, state, bad, sampled_grads=bad)
+        values.append(diagnostics(state))
+    assert set(values[0]) == set(values[1])
+    for name in (key for key in values[0] if key.startswith("tnt/") or key.endswith("age")):
+        assert float(values[0][name]) == float(values[1][name]), name
+    assert int(values[1]["tnt/rejected_gradients"]) == int(values[1]["tnt/rejected_sampled_gradients"]) == 1
+    assert int(values[1]["tnt/bounded_steps"]) > 0
+
+
+def test_without_momentum():
+    tx = scale_by_tnt(momentum=None, statistics_period=1)
+    state, grads, updates, _ = trained(tx, steps=3)
+    with_momentum = trained(scale_by_tnt(momentum=0.0, statistics_period=1), steps=3)[0]
+    expected = diagnostics(with_momentum, grads=grads, updates=updates)
+    chex.assert_trees_all_equal(diagnostics(state, grads=grads, updates=updates), expected)
+    with pytest.raises(ValueError, match=r"updates: expected"):
+        diagnostics(state, grads=grads, updates={"dense": updates["dense"]})
 
 
 def test_nnx():
@@ -360,13 +373,13 @@ def test_nnx():
         optimizer.update(model, grads, sampled_grads=grads)
         grads = nnx.as_pure(grads)
         updates, plain = tx.update(grads, plain, params, sampled_grads=grads)
-    expected = diagnostics(plain, damping=EPS, grads=grads, updates=updates)
-    pure = diagnostics(nnx.as_pure(optimizer.opt_state), damping=EPS, grads=grads, updates=updates)
+    expected = diagnostics(plain, grads=grads, updates=updates)
+    pure = diagnostics(nnx.as_pure(optimizer.opt_state), grads=grads, updates=updates)
     assert "hidden/kernel/mode_1/trace" in pure
     assert int(pure["hidden/kernel/age"]) == 1
     # The same operations, compiled or not.
     chex.assert_trees_all_close(pure, dict(expected), rtol=1e-4, atol=1e-4)
-    boxed = diagnostics(optimizer.opt_state, damping=EPS)
+    boxed = diagnostics(optimizer.opt_state)
     chex.assert_trees_all_equal(boxed, {key: pure[key] for key in boxed})
     assert set(pure) - set(boxed) == {key for key in pure if key.endswith(("cosine", "update_to_gradient"))}
 
@@ -380,7 +393,7 @@ def test_under_vmap():
         state = tx.init(grads[0])
         for g in grads:
             _, state = tx.update(g, state, sampled_grads=g)
-        return diagnostics(state, damping=EPS)
+        return diagnostics(state)
 
     together = jax.jit(jax.vmap(read))(grads)
     alone = jax.jit(read)
@@ -391,15 +404,15 @@ def test_under_vmap():
                 np.testing.assert_allclose(together[key][i], value, rtol=1e-4, atol=1e-5, err_msg=key)
     states = jax.vmap(tx.init)(grads[0])
     with pytest.raises(TypeError, match=r"opt_state: .*a stack of shape \(3,\).*inside jax\.vmap"):
-        diagnostics(states, damping=EPS)
+        diagnostics(states)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about the CPU backend")
 def test_no_batched_call_of_lapack():
     """Several of different sizes in one program can deadlock XLA's CPU backend."""
-    tx = tnt(modes=lambda path, shape: Modes(((1,), (2,)), batch=(0,)))
+    tx = tnt(views=lambda path, shape: TensorView(((1,), (2,)), batch_axes=(0,)))
     state = jax.vmap(tx.init)({"w": jnp.ones((2, 3, 4, 5)), "v": jnp.ones((2, 2, 4, 6))})
-    program = jax.jit(jax.vmap(lambda s: diagnostics(s, damping=EPS))).lower(state).as_text()
+    program = jax.jit(jax.vmap(lambda s: diagnostics(s))).lower(state).as_text()
     calls = re.findall(r"@lapack_ssyevd_ffi\(.*?: \(tensor<([\dx]+)xf32>", program)
     assert sorted(set(calls)) == ["4x4", "5x5", "6x6"]
 
@@ -416,9 +429,9 @@ def test_hard_factors():
         "nothing": (),
         "scalar": jnp.float32(3),
     }
-    tx = tnt(0.1, max_dim=6)
+    tx = tnt(0.1, damping=EPS, max_dim=6)
     _, state = tx.update(params, tx.init(params), sampled_grads=params)
-    values = diagnostics(state, damping=EPS, grads=params, updates=params)
+    values = diagnostics(state, grads=params, updates=params)
     assert {key.split("/")[0] for key in values} == {"tnt", "dead", "one", "half", "long", "scalar"}
     for mode in range(2):
         dead = {what: float(values[f"dead/mode_{mode}/{what}"]) for what in OF_A_MODE}
@@ -446,31 +459,30 @@ def test_a_condition_number_beyond_rounding_is_infinite():
     """Singular matrices: rounding makes their smallest eigenvalues positive about as often as negative."""
     rng = np.random.default_rng(0)
     g = jnp.asarray(rng.normal(size=(20, 10, 9)), jnp.float32)
-    tx = scale_by_tnt(modes=lambda path, shape: Modes(((1,), (2,)), batch=(0,)))
-    values = diagnostics(tx.update(g, tx.init(g), sampled_grads=g)[1], damping=EPS)
+    tx = scale_by_tnt(views=lambda path, shape: TensorView(((1,), (2,)), batch_axes=(0,)))
+    values = diagnostics(tx.update(g, tx.init(g), sampled_grads=g)[1])
     assert np.isinf(values["mode_0/condition"]).all()
     assert not np.any(values["mode_0/smallest_eigenvalue"])
     assert np.isfinite(values["mode_1/condition"]).all()
 
 
-def test_a_schedule_is_read_at_the_last_step():
+def test_the_damping_is_that_of_the_last_inverse_update():
     grads = {"w": jnp.ones(2)}
-    tx, schedule = tnt(0.1), lambda t: 0.5 / (jnp.float32(t) + 1)
-    state, seen = tx.init(grads), []
-    for _ in range(3):
-        seen.append(float(diagnostics(state, damping=schedule)["tnt/damping"]))
-        _, state = tx.update(grads, state, sampled_grads=grads)
-    seen.append(float(jax.jit(lambda s: diagnostics(s, damping=schedule))(state)["tnt/damping"]))
-    np.testing.assert_allclose(seen, [0.5, 0.5, 0.25, 0.5 / 3], rtol=1e-6)  # float32
-    array = jax.jit(lambda eps: diagnostics(state, damping=eps))(jnp.float32(0.25))
-    assert float(array["tnt/damping"]) == 0.25
+    tx = tnt(0.1, damping=lambda t: 0.5 / (jnp.float32(t) + 1), statistics_period=2, inverse_period=3)
+    state, update, seen = tx.init(grads), jax.jit(tx.update), []
+    for _ in range(5):
+        seen.append(float(diagnostics(state)["tnt/damping"]))
+        _, state = update(grads, state, sampled_grads=grads)
+    values = jax.jit(diagnostics)(state)
+    # Inverses are updated at t = 0, 2 and 3.
+    np.testing.assert_allclose([*seen, values["tnt/damping"]], [0.5, 0.5, 0.5, 0.5 / 3, 0.125, 0.125], rtol=1e-6)
     # The eigenvalues are 0 and 2.
-    np.testing.assert_allclose(array["w/mode_0/damped_condition"], 2.25 / 0.25, rtol=1e-6)
+    np.testing.assert_allclose(values["w/mode_0/damped_condition"], 2.125 / 0.125, rtol=1e-6)  # float32
 
 
 def test_names_that_would_be_the_same():
     params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(3)}, "c": [jnp.ones(1)]}
-    names = {key.rpartition("/mode_0/")[0] for key in diagnostics(scale_by_tnt().init(params), damping=EPS)}
+    names = {key.rpartition("/mode_0/")[0] for key in diagnostics(scale_by_tnt().init(params))}
     assert names == {"", "['a/b']", "['a']['b']", "c/0"}
 
 
@@ -478,32 +490,22 @@ def test_errors():
     params = {"w": jnp.ones((2, 3))}
     state = tnt(0.1).init(params)
     with pytest.raises(ValueError, match=r"opt_state: expected a TNTState"):
-        diagnostics(optax.adam(0.1).init(params), damping=EPS)
-    with pytest.raises(ValueError, match="damping: expected a finite number > 0, got 0"):
-        diagnostics(state, damping=0.0)
-    with pytest.raises(TypeError, match=r"damping: expected a number, got an array of shape \(2,\)"):
-        diagnostics(state, damping=jnp.ones(2))
+        diagnostics(optax.adam(0.1).init(params))
     with pytest.raises(ValueError, match="updates: expected together with grads, got None"):
-        diagnostics(state, damping=EPS, grads=params)
+        diagnostics(state, grads=params)
     with pytest.raises(ValueError, match="grads: expected together with updates, got None"):
-        diagnostics(state, damping=EPS, updates=params)
+        diagnostics(state, updates=params)
     with pytest.raises(ValueError, match=r"updates\['w'\]: expected the shape \(2, 3\)"):
-        diagnostics(state, damping=EPS, grads=params, updates={"w": jnp.ones(2)})
-
-
-def test_the_history_in_the_state():
-    state = tnt(0.1, refresh_parts=3).init({"w": jnp.ones(2)})
-    assert isinstance(state[0], TNTState)
-    chex.assert_trees_all_equal(state[2], HistoryState(jnp.int32(0), jnp.full(3, -1, jnp.int32)))
-    assert tnt(0.1).init({"w": jnp.ones(2)})[2].refreshed.shape == (1,)
+        diagnostics(state, grads=params, updates={"w": jnp.ones(2)})
 
 
 def test_drawing():
     pytest.importorskip("matplotlib")
     stack = {"stack": jnp.ones((3, 4, 2)), "dead": jnp.zeros(3), "w": jnp.arange(12.0).reshape(3, 4) - 5}
-    tx = tnt(modes=lambda path, shape: Modes(((1,), (2,)), batch=(0,)) if len(shape) == 3 else None)
+    views = {3: TensorView(((1,), (2,)), batch_axes=(0,))}
+    tx = tnt(damping=EPS, views=lambda path, shape: views.get(len(shape)))
     _, state = tx.update(stack, tx.init(stack), sampled_grads=stack)
-    values = diagnostics(state, damping=EPS)
+    values = diagnostics(state)
     left, right = draw_diagnostics(values).axes
     rows = ["dead/mode_0", "stack/mode_0", "stack/mode_1", "w/mode_0", "w/mode_1"]
     assert [label.get_text() for label in left.get_yticklabels()] == rows

@@ -1,14 +1,19 @@
-"""The programs in the README and the documentation run as they are written."""
+"""The programs in the README and the documentation run as they are written, and the pages agree with the package."""
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import tnt_optax
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def programs():
@@ -19,6 +24,15 @@ def programs():
             yield pytest.param(page, line, match.group(1), id=f"{page.name}:{line}")
 
 
+@pytest.fixture
+def quick_compilation():
+    """The programs run for a moment only: most of their time is XLA's, which optimizes them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("page", "line", "source"), list(programs()))
 def test_program(page, line, source):
     if "sklearn" in source:
@@ -173,8 +187,40 @@ def test_the_page_of_the_language_model_has_the_numbers_of_its_program():
         assert f"| {name} | {rate:g} | {losses} | {seconds:.0f} | {1000 * seconds / steps:.0f} |" in page
 
 
+def test_the_readme_has_the_arguments_of_tnt():
+    (table,) = re.findall(r"^## Arguments of `tnt`$(.*?)^`scale_by_tnt`", (ROOT / "README.md").read_text(), re.M | re.S)
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| `?([^|`]+)`? \|", table, re.MULTILINE)
+    parameters = inspect.signature(tnt_optax.tnt).parameters.values()
+    assert [(name, ast.literal_eval(default)) for name, default in rows] == [(p.name, p.default) for p in parameters]
+
+
+def test_the_page_of_the_api_has_all_public_names():
+    names = re.findall(r"^::: tnt_optax\.(.*)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted([*tnt_optax.__all__, "linen.TrainState"])
+
+
+def test_the_page_on_the_design_has_all_modules_above_those_that_import_them():
+    text = (ROOT / "docs/design.md").read_text()
+    listed = re.findall(r"^\| `(\w+)\.py` \|", text, re.MULTILINE)
+    files = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "tnt_optax").glob("*.py")}
+    assert sorted(listed) == sorted(files.keys() - {"__init__"})
+    for index, name in enumerate(listed):
+        for node in (node for node in ast.walk(files[name]) if isinstance(node, ast.ImportFrom)):
+            of_package = [alias.name for alias in node.names] if node.module == "tnt_optax" else []
+            of_module = [node.module.removeprefix("tnt_optax.")] if node.module.startswith("tnt_optax.") else []
+            assert {*of_package, *of_module} <= {*listed[:index]}, name
+
+
+def anchors(page):
+    """Those that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
             if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+                place = page.parent / target if target else page
+                assert place.exists(), f"{page.name} links to {target}"
+                assert not anchor or anchor in anchors(place), f"{page.name} links to {target}#{anchor}"

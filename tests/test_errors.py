@@ -1,12 +1,14 @@
 """Bad input gets an error that names the argument, what was expected, and what came."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from tnt_optax import Modes, scale_by_tnt, tnt
+from tnt_optax import TensorView, diagnostics, scale_by_tnt, tnt
 
 PARAMS = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
 
@@ -23,10 +25,10 @@ PARAMS = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
         ("damping", np.float32(-1), ValueError),
         ("damping", "0.1", TypeError),
         ("damping", None, TypeError),
-        ("decay", 1, ValueError),
-        ("decay", 1.0, ValueError),
-        ("decay", -0.1, ValueError),
-        ("decay", float("nan"), ValueError),
+        ("statistics_decay", 1, ValueError),
+        ("statistics_decay", 1.0, ValueError),
+        ("statistics_decay", -0.1, ValueError),
+        ("statistics_decay", float("nan"), ValueError),
         ("momentum", 1.0, ValueError),
         ("momentum", -1e-3, ValueError),
         ("momentum", float("nan"), ValueError),
@@ -40,15 +42,15 @@ PARAMS = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
         ("inverse_period", 2.0, ValueError),
         ("inverse_period", jnp.float32(2), TypeError),
         ("max_dim", 0, ValueError),
-        ("refresh_parts", 0, ValueError),
-        ("refresh_parts", 1.5, ValueError),
+        ("inverse_parts", 0, ValueError),
+        ("inverse_parts", 1.5, ValueError),
         ("damping", jnp.ones(3), TypeError),
         ("statistics_period", np.array([1, 2]), TypeError),
         ("trust_radius", 0.0, ValueError),
         ("trust_radius", float("nan"), ValueError),
         ("fisher", "true", ValueError),
         ("fisher", None, ValueError),
-        ("modes", Modes(((0,),)), TypeError),
+        ("views", TensorView(((0,),)), TypeError),
     ],
 )
 def test_hyperparameters(factory, name, value, error):
@@ -77,7 +79,7 @@ def test_hyperparameters_of_tnt_alone(name, value, error):
 
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.float32(0.5)])
 def test_numbers_of_every_kind_are_taken(value):
-    tx = tnt(value, damping=value, decay=value, momentum=value, weight_decay=value, trust_radius=value)
+    tx = tnt(value, damping=value, statistics_decay=value, momentum=value, weight_decay=value, trust_radius=value)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, sampled_grads=PARAMS)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
     period = np.array(2) if isinstance(value, np.ndarray) else type(value)(2) if isinstance(value, float) else 2
@@ -111,23 +113,23 @@ def test_missing_sampled_grads_names_the_helper_and_never_falls_back():
 BAD_TREES = {
     "missing": (
         {"layer": {"kernel": jnp.ones((3, 4))}},
-        r"sampled_grads: .*nothing came at sampled_grads\['layer'\]\['bias'\]",
+        r"sampled_grads: .*missing: sampled_grads\['layer'\]\['bias'\]",
     ),
     "surplus": (
         {"layer": {**PARAMS["layer"], "scale": jnp.ones(4)}},
-        r"something came at sampled_grads\['layer'\]\['scale'\]",
+        r"not expected: sampled_grads\['layer'\]\['scale'\]",
     ),
     "other container": (
         {"layer": [jnp.ones((3, 4)), jnp.ones(4)]},
-        r"nothing came at sampled_grads\['layer'\]\['bias'\]",
+        r"missing: sampled_grads\['layer'\]\['bias'\]",
     ),
     "subtree": (
         {"layer": {"kernel": {"a": jnp.ones((3, 4)), "b": jnp.ones(1)}, "bias": jnp.ones(4)}},
-        r"sampled_grads: .*2 arrays came at sampled_grads\['layer'\]\['kernel'\]",
+        r"sampled_grads\['layer'\]\['kernel'\]: expected one array.*got 2 arrays",
     ),
     "none": (
         {"layer": {"kernel": None, "bias": jnp.ones(4)}},
-        r"sampled_grads: .*0 arrays came at sampled_grads\['layer'\]\['kernel'\]",
+        r"sampled_grads\['layer'\]\['kernel'\]: expected one array.*got 0 arrays",
     ),
     "transposed": (
         {"layer": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(4)}},
@@ -163,22 +165,17 @@ def test_parameters_that_are_not_real_and_floating(factory, dtype):
 
 
 def test_modes_that_do_not_fit_name_the_parameter():
-    tx = tnt(0.1, modes=lambda path, shape: Modes(((0,),)))
-    with pytest.raises(ValueError, match=r"modes=.*\['layer'\]\['kernel'\] of shape \(3, 4\)"):
+    tx = tnt(0.1, views=lambda path, shape: TensorView(((0,),)))
+    with pytest.raises(ValueError, match=r"views: .*\['layer'\]\['kernel'\] of shape \(3, 4\)"):
         tx.init(PARAMS)
 
 
-def test_traced_refresh_parts():
+@pytest.mark.parametrize("name", ["inverse_parts", "max_dim"])
+def test_static_numbers_of_inject_hyperparams(name):
     injected = optax.inject_hyperparams(tnt)
-    with pytest.raises(TypeError, match=r"refresh_parts.*static_args"):
-        injected(0.1, refresh_parts=2).init(PARAMS)
-    optax.inject_hyperparams(tnt, static_args="refresh_parts")(0.1, refresh_parts=2).init(PARAMS)
-
-
-def test_traced_max_dim():
-    injected = optax.inject_hyperparams(tnt)
-    with pytest.raises(TypeError, match=r"max_dim.*static_args"):
-        jax.eval_shape(lambda m: injected(0.1, max_dim=m).init(PARAMS), jnp.int32(3))
+    with pytest.raises(TypeError, match=rf"{name}: expected a Python integer, got an array.*static_args"):
+        injected(0.1, **{name: 2}).init(PARAMS)
+    optax.inject_hyperparams(tnt, static_args=name)(0.1, **{name: 2}).init(PARAMS)
 
 
 def test_gradients_that_do_not_fit_the_state_are_blamed_themselves():
@@ -187,13 +184,36 @@ def test_gradients_that_do_not_fit_the_state_are_blamed_themselves():
     transposed = {"layer": {**PARAMS["layer"], "kernel": jnp.ones((4, 3))}}
     with pytest.raises(ValueError, match=r"updates\['layer'\]\['kernel'\]: .*\(3, 4\) of the optimizer's state"):
         tx.update(transposed, state, PARAMS, sampled_grads=transposed)
-    with pytest.raises(ValueError, match=r"updates: .*nothing came at updates\['layer'\]\['bias'\]"):
+    with pytest.raises(ValueError, match=r"updates: .*missing: updates\['layer'\]\['bias'\]"):
         tx.update({"layer": {"kernel": jnp.ones((3, 4))}}, state, PARAMS, sampled_grads=PARAMS)
 
 
-def test_the_state_of_another_optimizer():
-    with pytest.raises(TypeError, match="state: expected a TNTState"):
-        scale_by_tnt().update(PARAMS, optax.adam(0.1).init(PARAMS), sampled_grads=PARAMS)
+class FirstEdition(NamedTuple):
+    """The state of version 0.1."""
+
+    count: jax.Array
+    statistics_count: jax.Array
+    momentum: dict
+    contractions: dict
+    inverses: dict
+
+
+@pytest.mark.parametrize("factory", [tnt, scale_by_tnt])
+@pytest.mark.parametrize("kind", ["first edition", "tuple", "dict", "adam", "none"])
+def test_the_state_of_another_optimizer(factory, kind):
+    new = scale_by_tnt().init(PARAMS)
+    first = FirstEdition(*new[:5])
+    others = {
+        "first edition": (first, (), (), ()) if factory is tnt else first,
+        "tuple": tuple(new),
+        "dict": first._asdict(),
+        "adam": optax.adam(0.1).init(PARAMS),
+        "none": None,
+    }
+    with pytest.raises(TypeError, match=r"state: expected a TNTState.*got .*tnt_optax 0\.1.*tx\.init"):
+        factory().update(PARAMS, others[kind], PARAMS, sampled_grads=PARAMS)
+    with pytest.raises(ValueError, match=r"opt_state: expected a TNTState.*tnt_optax 0\.1"):
+        diagnostics(others[kind])
 
 
 @pytest.mark.parametrize("leaf", [1.0, "x"])

@@ -1,36 +1,68 @@
 """The programs under examples/ run, and write what they say."""
 
 import argparse
+import contextlib
+import importlib
+import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
+
+for needed in ("flax", "matplotlib", "orbax.checkpoint", "rich", "sklearn"):
+    pytest.importorskip(needed, reason="the examples need the extra `examples`")
+import bench
+import meshes
 from autoencoder import bound_of
+from common import data, report
 from common.methods import Bound
+from common.problems import autoencoder_problem
+from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
+SMALL = ("--widths", 4, "--batch-size", 400)  # A network that compiles fast, and three steps an epoch.
 
 
 def program(name, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"examples/{name}.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    """The result of a program whose `main` runs in this process, where JAX is imported already."""
+    main = importlib.import_module(name).main
+    command = [f"{name}.py", *map(str, arguments)]
+    code, stdout, stderr = 0, io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", command),
+        mock.patch.dict(os.environ, COLUMNS="120"),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        jax.numpy_dtype_promotion("standard"),  # Flax and Optax rely on it.
+    ):
+        try:
+            main()
+        except SystemExit as error:  # As the interpreter does.
+            code = error.code if isinstance(error.code, int) else 1
+            stderr.write("" if isinstance(error.code, int) else str(error.code))
+    return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
+
+
+def test_a_program_starts_from_the_command_line():
+    command = [sys.executable, str(ROOT / "examples/demo.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--data-dir" in result.stdout
+    assert "learning rate" in result.stdout
 
 
 def test_demo(tmp_path):
     grid = ("--learning-rates", 0.003, 0.03, "--dampings", 0.1)
-    result = program("demo", "--epochs", 2, "--tuning-epochs", 1, *grid, "--out", tmp_path)
+    result = program("demo", *SMALL, "--epochs", 2, "--tuning-epochs", 1, *grid, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "[0.003, 0.03]" in result.stdout  # The grid is said.
+    assert "[0.003, 0.03]" in result.stdout  # The grid is printed.
     written = json.loads((tmp_path / "demo_digits.json").read_text())
     assert set(written["curves"]) == {"TNT", "Adam", "SGD-m"}
     for name, curve in written["curves"].items():
@@ -44,29 +76,28 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_meshes(tmp_path):
+@pytest.mark.parametrize(
+    "models", [("MNIST autoencoder",), pytest.param(tuple(meshes.MODELS), marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_meshes(tmp_path, monkeypatch, models):
+    monkeypatch.setattr(meshes, "MODELS", {name: meshes.MODELS[name] for name in models})
     result = program("meshes", "--devices", 1, 4, 8, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    one, four, eight = json.loads((tmp_path / "meshes.json").read_text())["models"]["MNIST autoencoder"]
+    written = json.loads((tmp_path / "meshes.json").read_text())["models"]
+    assert tuple(written) == models
+    one, four, eight = written["MNIST autoencoder"]
     lengths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     modes = [d for pair in itertools.pairwise(lengths) for d in (*pair, pair[1])]  # Of a kernel two, of a bias one.
     numbers = sum((d + 1) * e for d, e in itertools.pairwise(lengths))
     assert one["parameters"] == 4 * numbers
-    counters = 4 * 7
-    assert one["state"] == 4 * (numbers + 2 * sum(d * d for d in modes)) + counters
+    counters = 7 + 2 * 8  # Of the optimizer, and for each parameter when its inverses were updated.
+    assert one["state"] == 4 * (numbers + 2 * sum(d * d for d in modes) + counters)
     assert one["largest"] == one["ideal"] == 1
     assert four["one_mode"] == pytest.approx(1000**3 / sum(d**3 for d in modes))
     assert max(eight["ideal"], eight["one_mode"]) <= eight["largest"] <= 1.3 * eight["ideal"]
     shapes = [shape for pair in itertools.pairwise(lengths) for shape in (pair, pair[1:])]
     divided = [int(np.prod(shape)) // (4 if any(d % 4 == 0 for d in shape) else 1) for shape in shapes]
     assert four["parameters"] == 4 * sum(divided)
-
-
-def test_demo_help():
-    result = program("demo", "--help")
-    assert result.returncode == 0
-    assert "--data-dir" in result.stdout
-    assert "learning rate" in result.stdout
 
 
 def test_demo_says_what_is_wrong(tmp_path):
@@ -80,10 +111,8 @@ def test_demo_says_what_is_wrong(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.slow
 def test_stability(tmp_path):
-    options = ("--dataset", "digits", "--seeds", 1, "--epochs", 1, "--batch-size", 400, "--widths", 32, 8)
-    result = program("stability", *options, "--out", tmp_path)
+    result = program("stability", "--dataset", "digits", *SMALL, "--seeds", 1, "--epochs", 1, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "With the bound 0 of 1 diverged." in result.stdout
     runs = json.loads((tmp_path / "stability.json").read_text())["runs"]
@@ -91,9 +120,10 @@ def test_stability(tmp_path):
     assert all(len(run["losses"]) == 3 for run in runs)
 
 
-@pytest.mark.slow
-def test_fraction(tmp_path):
-    result = program("fraction", "--epochs", 1, "--seeds", 1, "--shares", 1, 4, "--out", tmp_path)
+def test_fraction(tmp_path, monkeypatch):
+    monkeypatch.setitem(importlib.import_module("fraction").WIDTHS, "digits", (4,))
+    options = ("--epochs", 1, "--seeds", 1, "--subsamples", 1, 4, "--batch-size", 400)
+    result = program("fraction", *options, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     curves = json.loads((tmp_path / "fraction_digits.json").read_text())["curves"]
     assert set(curves) == {"1/1", "1/4"}
@@ -104,8 +134,7 @@ def test_fraction(tmp_path):
 
 
 def test_diagnostics(tmp_path):
-    small = ("--widths", 8, 4, "--batch-size", 400, "--epochs", 3, "--every", 2, "--dampings", 0.1, 100)
-    result = program("diagnostics", *small, "--out", tmp_path)
+    result = program("diagnostics", *SMALL, "--epochs", 3, "--every", 2, "--dampings", 0.1, 100, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     small_damping, large_damping = json.loads((tmp_path / "diagnostics_digits.json").read_text())["runs"]
     assert small_damping["epoch"] == [2, 3]
@@ -118,20 +147,30 @@ def test_diagnostics(tmp_path):
 
 def test_autoencoder(tmp_path):
     names = ("TNT", "TNT, bounded", "TNT-MLE", "KFAC", "Shampoo", "Adam", "SGD-m")
-    small = ("--widths", 8, 4, "--batch-size", 400, "--inverse-period", 2, "--out", tmp_path)
-    bound = ("--bound", "0:0.2,3:0.1,2")
-    result = program("autoencoder", *small, *bound, "--epochs", 1, "--grid", 1, 3, "--tuning-epochs", 1)
+    small = (*SMALL, "--inverse-period", 2, "--bound", "0:0.2,3:0.1,2", "--warm-start", 2, "--out", tmp_path)
+    result = program("autoencoder", *small, "--epochs", 1)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "autoencoder_digits.json").read_text())
     assert written["arguments"]["bound"] == {"radii": [[0, 0.2], [3, 0.1]], "inverse_period": 2}
     assert set(written["curves"]) == set(names)
+    rows = (tmp_path / "autoencoder_digits.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(names) * 2  # Losses before and after the epoch.
+    assert (tmp_path / "autoencoder_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "names", [("Adam", "SGD-m"), pytest.param(("TNT", "TNT-MLE", "KFAC", "Shampoo"), marks=pytest.mark.slow)]
+)
+def test_autoencoder_on_a_grid(tmp_path, names):
+    grid = ("--grid", 1, 3, "--tuning-epochs", 1, "--epochs", 1, "--optimizers", *names)
+    result = program("autoencoder", *SMALL, *grid, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "autoencoder_digits.json").read_text())
+    assert tuple(written["tuning"]) == names
     for name, trials in written["tuning"].items():
         assert len(trials) == (2 if name == "SGD-m" else 4)
         assert written["settings"][name]["learning_rate"] == trials[0]["learning_rate"]
         assert trials[0]["loss"] == min(trial["loss"] for trial in trials)
-    rows = (tmp_path / "autoencoder_digits.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(names) * 2  # Losses before and after the epoch.
-    assert (tmp_path / "autoencoder_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_radius_changes_exponentially_from_step_to_step():
@@ -150,8 +189,7 @@ def test_autoencoder_goes_on_where_it_was(tmp_path):
     curves = []
     for out, runs in ((tmp_path / "interrupted", (1, 3)), (tmp_path / "whole", (3,))):
         for epochs in runs:
-            small = ("--widths", 8, 4, "--batch-size", 400, "--optimizers", "TNT", "--out", out)
-            result = program("autoencoder", *small, "--epochs", epochs)
+            result = program("autoencoder", *SMALL, "--optimizers", "TNT", "--out", out, "--epochs", epochs)
             assert result.returncode == 0, result.stderr
         curves.append(json.loads((out / "autoencoder_digits.json").read_text())["curves"]["TNT"][0])
     interrupted, whole = curves
@@ -161,11 +199,23 @@ def test_autoencoder_goes_on_where_it_was(tmp_path):
 
 
 def test_autoencoder_within_a_budget(tmp_path):
-    small = ("--widths", 8, 4, "--batch-size", 400, "--optimizers", "SGD-m", "--out", tmp_path)
-    result = program("autoencoder", *small, "--epochs", 2, "--seconds", 1e-9)  # Spent after the first epoch.
+    budget = ("--epochs", 2, "--seconds", 1e-9)  # Spent after the first epoch.
+    result = program("autoencoder", *SMALL, *budget, "--optimizers", "SGD-m", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     (curve,) = json.loads((tmp_path / "autoencoder_digits.json").read_text())["curves"]["SGD-m"]
     assert len(curve["train_loss"]) == 2
+
+
+def test_bench_of_a_small_problem():
+    problem = autoencoder_problem(data.digits(), (4,), 400, seed=0)
+    others = ["Adam", "Muon", "TNT (10, 100)", "TNT (1, 20), 20 parts", "TNT-EF (1, 20)", "Shampoo (1, 20)"]
+    skipped = [*others, "kfac-jax NaiveTNT (1, 20)", "PSGD-Kron (1/20)", "TNT (1, 20), 1/8 sampled"]
+    with jax.numpy_dtype_promotion("standard"), report.progress_bar(Console(file=io.StringIO())) as progress:
+        rows = {row["optimizer"]: row for row in bench.race(problem, 2, skipped, progress)}
+    assert {row["error"] for name, row in rows.items() if name in skipped} == {"skipped"}
+    assert rows["SGD-m"]["ratio"] == 1
+    assert rows["TNT (1, 20)"]["ratio"] > 0
+    assert {row["part"]: row["ms"] > 0 for row in bench.parts(problem, 1)} == dict.fromkeys(bench.PARTS, True)
 
 
 @pytest.mark.slow
@@ -186,7 +236,8 @@ def test_bench(tmp_path):
     sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     elements = sum(n * m + m for n, m in itertools.pairwise(sizes))
     factors = sum(n * n + m * m + m * m for n, m in itertools.pairwise(sizes))
-    assert rows["TNT (1, 20)"]["state_bytes"] == 4 * (elements + 2 * factors + 7)
+    counters = 7 + 2 * 8  # Of the optimizer, and for each parameter when its inverses were updated.
+    assert rows["TNT (1, 20)"]["state_bytes"] == 4 * (elements + 2 * factors + counters)
     assert {row["part"] for row in written["models"]["autoencoder"]["parts"]} >= {"contractions", "inverses"}
     assert written["large"]["parameters"] == 124_439_808
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """The program of the paper's Figure 1."""
 
+import functools
 import itertools
 import json
 
@@ -22,9 +23,8 @@ def problem(examples):
 def test_block_fisher_against_numpy():
     inputs, labels = problem(7)
     params = fisher_cosine.initial_parameters(WIDTHS, jax.random.key(1))
-    ours = fisher_cosine.block_fisher(
-        lambda params, x: fisher_cosine.forward(jnp.tanh, params, x), params, jnp.asarray(inputs), jnp.asarray(labels)
-    )
+    model = functools.partial(fisher_cosine.forward, jnp.tanh)
+    ours = jax.jit(functools.partial(fisher_cosine.block_fisher, model))(params, inputs, labels)
     weights = [np.asarray(layer["kernel"], np.float64) for layer in params]
     expected = [np.zeros((m + n * m, m + n * m)) for n, m in itertools.pairwise(WIDTHS)]
     for x, label in zip(inputs.astype(np.float64), labels, strict=True):
@@ -56,8 +56,9 @@ def test_under_a_large_damping_all_directions_are_the_gradients():
     assert np.all(np.abs(cosines["TNT"]) < 0.9)
 
 
-@pytest.mark.slow
-def test_program(tmp_path):
+@pytest.mark.parametrize("hidden", [(20,), pytest.param(fisher_cosine.HIDDEN, marks=pytest.mark.slow)])
+def test_program(tmp_path, monkeypatch, hidden):
+    monkeypatch.setattr(fisher_cosine, "HIDDEN", hidden)
     result = program("fisher_cosine", "--steps", 2, "--batch-size", 64, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "fisher_cosine_digits.json").read_text())

@@ -150,7 +150,7 @@ def test_nnx_with_batch_norm_and_dropout():
 
 def test_nnx_equals_the_plain_transformation():
     inputs, labels = data()
-    model, tx, optimizer = nnx_problem(modes=lambda path, shape: None)
+    model, tx, optimizer = nnx_problem(views=lambda path, shape: None)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
     opt_state = tx.init(params)

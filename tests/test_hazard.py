@@ -13,19 +13,19 @@ import pytest
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from tnt_optax import Modes, tnt
+from tnt_optax import TensorView, tnt
 
-refresh_axis = sys.argv[1] if len(sys.argv) > 1 else None
-if refresh_axis:
+inverse_axis = sys.argv[1] if len(sys.argv) > 1 else None
+if inverse_axis:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)))
 
 def modes(path, shape):
-    return Modes(tuple((i,) for i in range(1, len(shape))), batch=(0,))
+    return TensorView(tuple((i,) for i in range(1, len(shape))), batch_axes=(0,))
 
 shapes = [(4, 64, 96), (3, 128, 32), (6, 200, 24), (5, 80), (4, 160, 64), (7, 48, 48)]
 params = {f"{i}{copy}": jnp.ones(shape) for i, shape in enumerate(shapes) for copy in "ab"}
-tx = tnt(0.1, modes=modes, statistics_period=1, inverse_period=1, refresh_axis=refresh_axis)
+tx = tnt(0.1, views=modes, statistics_period=1, inverse_period=1, inverse_axis=inverse_axis)
 grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
 update = jax.jit(lambda g, s: tx.update(g, s, sampled_grads=g))
 state = tx.init(params)

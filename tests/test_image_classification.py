@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ import image_classification as program
 from common import cifar
 from common.models import VGG16, ResNet32
 from flax import nnx
-from jaxprs import count
+from helpers import count
+from test_examples import program as run_program
 
 ROOT = Path(__file__).parent.parent
 
@@ -331,11 +331,10 @@ def test_weight_decay_is_decoupled_and_steps_descend(name):
 class Tiny(nnx.Module):
     """A convolution with BatchNorm and a linear layer: TNT's step for it compiles fast."""
 
-    def __init__(self, seed):
-        rngs = nnx.Rngs(seed)
+    def __init__(self, classes=5, *, rngs):
         self.conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
-        self.out = nnx.Linear(4, 5, rngs=rngs)
+        self.out = nnx.Linear(4, classes, rngs=rngs)
 
     def __call__(self, x):
         return self.out(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
@@ -349,7 +348,7 @@ def make_trainer(name="TNT", number=100, batch_size=8, learning_rate=None, size=
         return jnp.asarray(images), jnp.asarray(rng.integers(0, 5, number), jnp.int32)
 
     return program.Trainer(
-        Tiny,
+        lambda seed: Tiny(rngs=nnx.Rngs(seed)),
         program.make_optimizer(name, program.SETTINGS[name], learning_rate or program.SETTINGS[name].learning_rate),
         split(number),
         split(13),
@@ -372,7 +371,7 @@ def test_the_batches_of_an_epoch():
 def test_an_epoch_is_its_steps_one_by_one():
     trainer = make_trainer()
     key = jax.random.key(5)
-    state = trainer.warm_start(trainer.init(0), 0, 2)
+    state = trainer.init(0)
     step = jax.jit(trainer.step)
     expected, losses = state, []
     for indices, subkey in zip(*trainer.batches(trainer.train, key), strict=True):
@@ -391,7 +390,7 @@ def test_an_epoch_is_its_steps_one_by_one():
         assert (before != after).all()
     tnt = result.opt_state[0]
     assert int(tnt.count) == 12
-    assert int(tnt.statistics_count) == 2 + 2  # The warm start's, and those of steps 0 and 10.
+    assert int(tnt.statistics_count) == 2  # Of steps 0 and 10.
 
 
 @pytest.mark.parametrize(("name", "second"), [("TNT", 1), ("TNT-EF", 0), ("SGD-m", 0)])
@@ -471,18 +470,13 @@ def test_a_training_that_diverges_stops():
 # The program
 
 
-@pytest.mark.slow
-def test_the_program(tmp_path):
+@pytest.mark.parametrize("model", ["tiny", pytest.param("resnet32", marks=pytest.mark.slow)])
+def test_the_program(tmp_path, monkeypatch, model):
+    if model == "tiny":
+        monkeypatch.setattr(program, "ResNet32", lambda classes, *, rngs, **_: Tiny(classes, rngs=rngs))
     sizes = ("--examples", 256, "--batch-size", 64, "--epochs", 3, "--channels", 2, "--warm-start-batches", 2)
     names = ("TNT", "SGD-m")  # To compile all five takes twice as long.
-    options = [*map(str, sizes), "--seeds", "2", "--optimizers", *names]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples/image_classification.py"), *options, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    result = run_program("image_classification", *sizes, "--seeds", 2, "--optimizers", *names, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "TNT: 3 epochs, learning rate 0.0001, weight decay 10, damping 0.01" in result.stdout
     stem = tmp_path / "image_classification_digits"

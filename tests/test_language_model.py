@@ -3,8 +3,6 @@
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,10 +21,10 @@ from common import data
 from common.models import StackedTransformer
 from common.problems import language_problem, shifted
 from flax import nnx
+from test_examples import program as run
 
 import tnt_optax
 
-ROOT = Path(__file__).parent.parent
 FILES = [b"import this\n", b"", b"x = 1\n", b"pass\n"]
 LENGTH = 8
 
@@ -62,6 +60,29 @@ def test_sequences():
     np.testing.assert_array_equal(shifted(jnp.asarray(rows))[1], [0, *b"his\n", 0, 0, 0])
 
 
+def test_sources_without_tests_and_other_libraries(tmp_path, monkeypatch):
+    for index in range(5):
+        (tmp_path / f"{index}.py").write_bytes(bytes([65 + index]) * 4)
+    for folder in ("site-packages", "dist-packages", "test", "json/tests"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "other.py").write_bytes(b"other")
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    texts = data.python_sources(4, test_share=0.4)
+    assert texts.train.shape == (3, 4)
+    assert texts.test.shape == (2, 4)
+    assert {bytes(row.astype(np.uint8)) for row in np.concatenate(texts)} == {
+        b"AAAA",
+        b"BBBB",
+        b"CCCC",
+        b"DDDD",
+        b"EEEE",
+    }
+    np.testing.assert_array_equal(texts.test, data.python_sources(4, test_share=0.4).test)
+    others = [data.python_sources(4, test_share=0.4, seed=seed).test for seed in range(1, 6)]
+    assert any(not np.array_equal(texts.test, other) for other in others)
+
+
+@pytest.mark.slow
 def test_python_sources():
     texts = data.python_sources(4096, test_share=0.5)
     again, other = data.python_sources(4096, test_share=0.5), data.python_sources(4096, test_share=0.5, seed=1)
@@ -87,7 +108,7 @@ def test_padded_positions_do_not_matter():
     @jax.jit
     def value_and_both(inputs, labels):
         predictive = problem.predictive_of(labels)
-        value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, predictive, scale="fisher")
+        value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, predictive)
         loss, grads, sampled_grads = value_and_grads(params, inputs, labels, jax.random.key(0))
         logits = problem.forward(params, inputs)
         return loss, grads, sampled_grads(), logits, predictive.batch_size(logits)
@@ -147,7 +168,7 @@ def test_bfloat16(monkeypatch):
 
     def step(params, inputs, labels):
         predictive = tnt_optax.Categorical(weights=labels >= 0)
-        value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive, scale="fisher")
+        value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive)
         _, grads, sampled_grads = value_and_grads(params, inputs, labels, jax.random.key(0))
         updates, opt_state = tx.update(grads, tx.init(params), params, sampled_grads=sampled_grads)
         return forward(params, inputs), optax.apply_updates(params, updates), opt_state
@@ -191,18 +212,26 @@ def test_arguments(arguments, said, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_program(tmp_path):
-    names = ("TNT", "AdamW")
+def one_module(length):
+    """Texts that are read faster than Python's whole library."""
+    rows = data.sequences([Path(json.__file__).read_bytes()], length)
+    return data.Texts(rows[4:], rows[:4])
+
+
+@pytest.mark.parametrize(
+    ("names", "texts", "warm_start"),
+    [
+        (("TNT", "AdamW"), one_module, 0),
+        pytest.param(("TNT", "AdamW", "Muon"), data.python_sources, program.WARM_START, marks=pytest.mark.slow),
+    ],
+    ids=["small", "whole"],
+)
+def test_program(tmp_path, monkeypatch, names, texts, warm_start):
+    monkeypatch.setattr(data, "python_sources", texts)
+    monkeypatch.setattr(program, "WARM_START", warm_start)
     steps = ("--steps", 6, "--tuning-steps", 2, "--measure-every", 2, "--grid", 0.3, 1, "--optimizers", *names)
     model = ("--width", 8, "--layers", 2, "--heads", 2, "--context", 16, "--batch-size", 4)
-    result = subprocess.run(
-        [sys.executable, ROOT / "examples/language_model.py", *map(str, (*steps, *model, "--out", tmp_path))],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "COLUMNS": "120"},
-    )
+    result = run("language_model", *steps, *model, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "language_model.json").read_text())
     assert set(written["curves"]) == set(names)

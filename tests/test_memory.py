@@ -27,10 +27,10 @@ def test_the_shapes_of_gpt2():
 @pytest.mark.parametrize(
     ("name", "floats", "counters"),
     [
-        # Momentum, and for each mode two matrices or two diagonals.
-        ("TNT, max_dim=30", (400 + 2 * (50 + 64), 384 + 4 * (64 + 576), 32 + 2 * (64 + 576)), 7),
-        ("TNT, max_dim=10", (400 + 2 * (50 + 64), 384 + 4 * (64 + 24), 32 + 2 * (64 + 24)), 7),
-        ("TNT, max_dim=30, vectors diagonal", (400 + 2 * (50 + 64), 384 + 4 * (64 + 576), 3 * 32), 7),
+        # Momentum, and for each mode two matrices or two diagonals. Seven counters, and one for each parameter.
+        ("TNT, max_dim=30", (400 + 2 * (50 + 64), 384 + 4 * (64 + 576), 32 + 2 * (64 + 576)), 7 + 2),
+        ("TNT, max_dim=10", (400 + 2 * (50 + 64), 384 + 4 * (64 + 24), 32 + 2 * (64 + 24)), 7 + 2),
+        ("TNT, max_dim=30, vectors diagonal", (400 + 2 * (50 + 64), 384 + 4 * (64 + 576), 3 * 32), 7 + 2),
         ("AdamW", (800, 768, 64), 1),
         ("Muon", (400, 384, 64), 5),
         ("SOAP", (800 + 2 * (2500 + 64), 768 + 4 * (64 + 576), 64), 0),
@@ -70,8 +70,9 @@ def test_storages(storage):
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
-@pytest.mark.slow
-def test_the_program(tmp_path):
+@pytest.mark.parametrize("widths", [(4,), pytest.param(memory.WIDTHS, marks=pytest.mark.slow)])
+def test_the_program(tmp_path, monkeypatch, widths):
+    monkeypatch.setattr(memory, "WIDTHS", widths)
     small = ("--seeds", 1, "--epochs", 1, "--dampings", 0.1, "--max-dims", 256, "--batch-size", 512)
     result = program("memory", *small, "--out", tmp_path)
     assert result.returncode == 0, result.stderr

@@ -20,8 +20,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from tnt_optax import Modes, factors, scale_by_tnt
-from tnt_optax.modes import from_tensor, resolve, to_tensor
+from tnt_optax import TensorView, scale_by_tnt
+from tnt_optax.blocks import describe
 
 STEPS = 6
 # The same examples on every run: a failure is a change of the library, never luck. Hypothesis' explanations of
@@ -40,7 +40,7 @@ class Case:
     views: tuple[tuple[int, ...], ...]
     split: Callable[[np.ndarray], list[np.ndarray]]
     join: Callable[[list[np.ndarray]], np.ndarray]
-    modes: Modes | None = None
+    view: TensorView | None = None
     max_dim: int = 100
 
 
@@ -67,7 +67,7 @@ MERGED = [
         ((4, 6),),
         lambda x: [x.transpose(2, 0, 1).reshape(4, 6)],
         lambda t: t[0].reshape(4, 2, 3).transpose(1, 2, 0),
-        Modes(((2,), (0, 1))),
+        TensorView(((2,), (0, 1))),
     ),
     Case(
         (2, 3, 4),
@@ -75,7 +75,7 @@ MERGED = [
         ((8, 3),),
         lambda x: [x.transpose(2, 0, 1).reshape(8, 3)],
         lambda t: t[0].reshape(4, 2, 3).transpose(1, 2, 0),
-        Modes(((-1, 0), (1,))),
+        TensorView(((-1, 0), (1,))),
     ),
     Case(
         (2, 1, 3, 2),
@@ -83,9 +83,9 @@ MERGED = [
         ((6, 2),),
         lambda x: [x[:, 0].transpose(1, 0, 2).reshape(6, 2)],
         lambda t: t[0].reshape(3, 2, 2).transpose(1, 0, 2)[:, None],
-        Modes(((2, 0, 1), (3,))),
+        TensorView(((2, 0, 1), (3,))),
     ),
-    Case((3, 2), jnp.float32, ((6,),), lambda x: [x.T.ravel()], lambda t: t[0].reshape(2, 3).T, Modes(((1, 0),))),
+    Case((3, 2), jnp.float32, ((6,),), lambda x: [x.T.ravel()], lambda t: t[0].reshape(2, 3).T, TensorView(((1, 0),))),
 ]
 
 BATCHED = [
@@ -95,7 +95,7 @@ BATCHED = [
         4 * ((3, 2),),
         lambda x: [x[:, i] for i in range(4)],
         lambda t: np.stack(t, axis=1),
-        Modes(((0,), (2,)), batch=(1,)),
+        TensorView(((0,), (2,)), batch_axes=(1,)),
     ),
     Case(
         (3, 2, 2, 3),
@@ -103,7 +103,7 @@ BATCHED = [
         6 * ((3, 2),),
         lambda x: [x[j, :, i].T for i in range(2) for j in range(3)],
         lambda t: np.stack([np.stack([t[3 * i + j].T for j in range(3)]) for i in range(2)], axis=2),
-        Modes(((3,), (1,)), batch=(2, 0)),
+        TensorView(((3,), (1,)), batch_axes=(2, 0)),
     ),
     Case(
         (2, 5, 2),
@@ -111,11 +111,18 @@ BATCHED = [
         2 * ((10,),),
         lambda x: [x[..., i].ravel() for i in range(2)],
         lambda t: np.stack([s.reshape(2, 5) for s in t], axis=-1),
-        Modes(((0, 1),), batch=(-1,)),
+        TensorView(((0, 1),), batch_axes=(-1,)),
         max_dim=4,
     ),
     # Slices that are scalars: k = 1 and d_1 = 1.
-    Case((5,), jnp.float32, 5 * ((1,),), lambda x: [s.reshape(1) for s in x], np.concatenate, Modes((), batch=(0,))),
+    Case(
+        (5,),
+        jnp.float32,
+        5 * ((1,),),
+        lambda x: [s.reshape(1) for s in x],
+        np.concatenate,
+        TensorView((), batch_axes=(0,)),
+    ),
 ]
 
 
@@ -156,7 +163,7 @@ HYPERPARAMS = st.fixed_dictionaries(
     {
         # Hundredths, because XLA takes numbers as small as 1e-310 for zero, and NumPy does not.
         "damping": st.integers(3, 100).map(lambda n: n / 100),
-        "decay": st.integers(0, 99).map(lambda n: n / 100),
+        "statistics_decay": st.integers(0, 99).map(lambda n: n / 100),
         "momentum": st.integers(0, 95).map(lambda n: n / 100),
         "statistics_period": st.integers(1, 4),
         "inverse_period": st.integers(1, 4),
@@ -168,9 +175,9 @@ def problems(cases):
     return st.builds(Problem, st.sampled_from(cases), HYPERPARAMS, SEEDS, DECADES)
 
 
-@functools.partial(jax.jit, static_argnames=("modes", "max_dim", "fisher"))
-def scan(hyperparams, grads, sampled, modes, max_dim, fisher):
-    tx = scale_by_tnt(modes=lambda path, shape: modes, max_dim=max_dim, fisher=fisher, **hyperparams)
+@functools.partial(jax.jit, static_argnames=("view", "max_dim", "fisher"))
+def scan(hyperparams, grads, sampled, view, max_dim, fisher):
+    tx = scale_by_tnt(views=lambda path, shape: view, max_dim=max_dim, fisher=fisher, **hyperparams)
 
     def step(state, gradients):
         updates, state = tx.update(gradients[0], state, sampled_grads=gradients[1])
@@ -183,7 +190,7 @@ def library(case, hyperparams, grads, sampled, fisher="sampled"):
     """The updates and the states of all steps."""
     with jax.enable_x64(case.dtype == jnp.float64):
         args = (jnp.asarray(x, case.dtype) for x in (grads, sampled))
-        updates, states = scan(hyperparams, *args, case.modes, case.max_dim, fisher)
+        updates, states = scan(hyperparams, *args, case.view, case.max_dim, fisher)
         assert updates.dtype == case.dtype
         return np.asarray(updates, np.float64), jax.tree.map(np.asarray, states)
 
@@ -309,13 +316,11 @@ def test_scaled_sampled_gradients_scale_the_contractions_and_leave_mean_eigenval
         tolerance = 40 * epsilon(case) * scale**2 * np.max(expected)
         np.testing.assert_allclose(as_matrix(c), scale**2 * expected, rtol=0, atol=tolerance)
     with jax.enable_x64(case.dtype == jnp.float64):
-        identified = [
-            as_matrix(np.asarray(u))
-            for u in (factors.identify(jnp.asarray(c), len(ours), math.prod(len(c) for c in ours)) for c in ours)
-        ]
+        block = describe(jnp.zeros(case.shape, case.dtype), lambda path, shape: case.view, case.max_dim)
+        normalized = [as_matrix(np.asarray(u)) for u in block.normalized([jnp.asarray(c) for c in ours])]
     c0 = (scale**2 * np.trace(algorithm.contractions[0][0]) / math.prod(view)) ** (1 / len(view))
     # The same roundings, now of sums of numbers that are not negative, and those of k-th roots.
-    np.testing.assert_allclose([np.trace(u) / len(u) for u in identified], c0, rtol=40 * epsilon(case))
+    np.testing.assert_allclose([np.trace(u) / len(u) for u in normalized], c0, rtol=40 * epsilon(case))
 
 
 @properties(max_examples=20)
@@ -324,9 +329,9 @@ def test_diagonal_factors_are_the_diagonals_of_dense_contractions(problem):
     case, hyperparams = problem.case, problem.hyperparams | {"inverse_period": 1}
     _, states = library(case, hyperparams, problem.grads, problem.sampled)
     *_, dense = truth(dataclasses.replace(case, max_dim=100), hyperparams, problem.grads, problem.sampled)
-    identified = reference.identify(dense.contractions[0])
+    normalized = reference.normalize_factors(dense.contractions[0])
     ours = zip(states.contractions, states.inverses, strict=True)
-    for (c, p), expected, u in zip(ours, dense.contractions[0], identified, strict=True):
+    for (c, p), expected, u in zip(ours, dense.contractions[0], normalized, strict=True):
         assert (c.ndim == 2) == (len(expected) > case.max_dim)
         if c.ndim == 2:  # The first axis counts the steps.
             # Some 20 roundings of sums of numbers that are not negative; in U, those of the trace's k-th root too.
@@ -336,7 +341,7 @@ def test_diagonal_factors_are_the_diagonals_of_dense_contractions(problem):
 
 def norms_of_contractions(case, hyperparams, sampled):
     """For every mode, ||E[G^(i)]||, Lemma 1's bound on it, and tr(F)/d_i, where E is the mean of `sampled`."""
-    plain_mean = {**hyperparams, "decay": 1 - 1 / STEPS, "statistics_period": 1}
+    plain_mean = {**hyperparams, "statistics_decay": 1 - 1 / STEPS, "statistics_period": 1}
     _, states = library(case, plain_mean, np.zeros_like(sampled), sampled)
     vectors = np.stack([case.split(s)[0].ravel() for s in sampled])
     fisher = vectors.T @ vectors / STEPS
@@ -386,7 +391,7 @@ def test_lemma_2_bounds_the_preconditioner_on_both_sides(problem, scale, one_dra
     *_, algorithm = truth(case, hyperparams, problem.grads, sampled)
     eps, inverses = hyperparams["damping"], [as_matrix(p[-1]) for p in states.inverses]
     eigenvalues = np.linalg.eigvalsh(functools.reduce(np.kron, inverses))
-    spectra = [np.linalg.eigvalsh(u) for u in reference.identify(algorithm.contractions[0])]
+    spectra = [np.linalg.eigvalsh(u) for u in reference.normalize_factors(algorithm.contractions[0])]
     lowest, highest = (math.prod(1 / (u[i] + eps) for u in spectra) for i in (-1, 0))
     slack = relative_error(case, algorithm.inverses[0])
     # The smallest eigenvalue is smaller than the norm, to which errors are relative, by the condition number; and
@@ -402,33 +407,31 @@ def test_lemma_2_bounds_the_preconditioner_on_both_sides(problem, scale, one_dra
 
 
 @st.composite
-def shapes_and_modes(draw):
+def shapes_and_views(draw):
     shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
     axes = draw(st.permutations([draw(st.sampled_from([i, i - len(shape)])) for i in range(len(shape))]))
     stacked = draw(st.integers(0, len(shape)))
-    groups: list[tuple[int, ...]] = []
+    modes: list[tuple[int, ...]] = []
     for axis in axes[stacked:]:
-        if groups and draw(st.booleans()):
-            groups[-1] += (axis,)
+        if modes and draw(st.booleans()):
+            modes[-1] += (axis,)
         else:
-            groups.append((axis,))
-    return shape, Modes(tuple(groups), batch=tuple(axes[:stacked]))
+            modes.append((axis,))
+    return shape, TensorView(tuple(modes), batch_axes=tuple(axes[:stacked]))
 
 
 @properties(max_examples=25)
-@given(shapes_and_modes())
-def test_views_go_there_and_back(shape_and_modes):
-    shape, modes = shape_and_modes
-    resolved = resolve(lambda path, shape: modes, (), shape)
+@given(shapes_and_views())
+def test_to_tensor_and_back(shape_and_view):
+    shape, view = shape_and_view
     x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)  # Every entry is another number.
-    tensor = to_tensor(jnp.asarray(x), resolved)
-    # Where each entry should be: the indices along batch axes, then one for every group.
+    block = describe(jnp.asarray(x), lambda path, shape: view, 100)
+    tensor = block.to_tensor(jnp.asarray(x))
+    # Where each entry should be: the indices along batch axes, then one for every mode.
     at = np.indices(shape).reshape(len(shape), x.size)
-    merged = [
-        np.ravel_multi_index([at[axis] for axis in group], [shape[axis] for axis in group]) for group in modes.groups
-    ]
-    places = (*(at[axis] for axis in modes.batch), *(merged or [np.zeros(x.size, int)]))
+    merged = [np.ravel_multi_index([at[axis] for axis in mode], [shape[axis] for axis in mode]) for mode in view.modes]
+    places = (*(at[axis] for axis in view.batch_axes), *(merged or [np.zeros(x.size, int)]))
     # A view moves numbers, and computes none.
     np.testing.assert_array_equal(np.asarray(tensor)[places], x.ravel())
     assert tensor.size == x.size
-    np.testing.assert_array_equal(from_tensor(tensor, resolved, shape), x)
+    np.testing.assert_array_equal(block.from_tensor(tensor), x)

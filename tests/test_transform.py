@@ -8,30 +8,10 @@ import optax
 import pytest
 import reference
 from absl.testing import parameterized
+from helpers import SHAPES, VIEWS, as_views, count, random_trees, tnt_state
 
 import tnt_optax
-from tnt_optax import Modes, TNTState, scale_by_tnt, tnt
-
-# Parameters of every rank from 0 to 5, with the shapes in which they are preconditioned.
-SHAPES = {
-    "scalar": ((), (1,)),
-    "bias": ((5,), (5,)),
-    "dense": ((4, 6), (4, 6)),
-    "conv1d": ((3, 2, 4), (3, 2, 4)),
-    "conv2d": ((3, 2, 4, 3), (6, 4, 3)),
-    "conv3d": ((2, 1, 3, 2, 3), (6, 2, 3)),
-}
-VIEWS = [view for _, view in SHAPES.values()]
-
-
-def random_trees(seed, steps, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    return [{k: jnp.asarray(rng.normal(size=s), dtype) for k, (s, _) in SHAPES.items()} for _ in range(steps)]
-
-
-def as_views(tree):
-    """What the reference takes: float64 arrays in the views in which they are preconditioned."""
-    return [np.asarray(tree[k], np.float64).reshape(view) for k, (_, view) in SHAPES.items()]
+from tnt_optax import TensorView, TNTState, scale_by_tnt, tnt
 
 
 def assert_same_params(params, expected, rtol):
@@ -54,7 +34,7 @@ class AgainstTheReference(parameterized.TestCase):
         statistics_period, inverse_period = periods
         hyperparams = {
             "damping": 0.05,
-            "decay": 0.8,
+            "statistics_decay": 0.8,
             "momentum": 0.7,
             "weight_decay": 0.1,
             "statistics_period": statistics_period,
@@ -130,37 +110,52 @@ def test_contractions_and_inverses_in_the_state():
     _, state = tx.update(grads, state, sampled_grads=sampled)
     expected = [reference.contraction(np.arange(12.0).reshape(3, 4), mode) for mode in range(2)]
     for c, p, c_expected, u in zip(
-        state.contractions["w"], state.inverses["w"], expected, reference.identify(expected), strict=True
+        state.contractions["w"], state.inverses["w"], expected, reference.normalize_factors(expected), strict=True
     ):
         np.testing.assert_allclose(c, c_expected, rtol=1e-6)
         np.testing.assert_allclose(p, np.linalg.inv(u + 0.3 * np.eye(len(u))), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.contractions["long"][1], np.full(9, 2.0), rtol=1e-6)
 
 
-def test_a_batch_axis_equals_separate_parameters():
-    rng = np.random.default_rng(0)
-    stacks = [jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32) for _ in range(8)]
-    stacked = tnt(0.1, modes=lambda path, shape: Modes(((0,), (2,)), batch=(1,)), inverse_period=3, statistics_period=2)
-    separate = tnt(0.1, inverse_period=3, statistics_period=2)
-    s, p = stacked.init({"w": stacks[0]}), separate.init([stacks[0][:, i] for i in range(4)])
-    for g, sampled in zip(stacks[:4], stacks[4:], strict=True):
-        u, s = stacked.update({"w": g}, s, sampled_grads={"w": sampled})
-        v, p = separate.update([g[:, i] for i in range(4)], p, sampled_grads=[sampled[:, i] for i in range(4)])
-        # The same float32 operations, batched.
-        np.testing.assert_allclose(u["w"], jnp.stack(v, axis=1), rtol=1e-4, atol=1e-5)
+def test_diagonal_modes_are_those_of_a_small_max_dim():
+    (grads,), (sampled,) = random_trees(0, 1), random_trees(1, 1)
+    views = {"dense": TensorView(((0,), (1,)), diagonal_modes=(-1,)), "bias": TensorView(((0,),), diagonal_modes=(0,))}
+    chosen = scale_by_tnt(damping=0.1, views=lambda path, shape: views.get(path[-1].key))
+    small = scale_by_tnt(damping=0.1, max_dim=4)
+    expected, state = small.update(grads, small.init(grads), sampled_grads=sampled)
+    ours, chosen_state = chosen.update(grads, chosen.init(grads), sampled_grads=sampled)
+    for name in views:
+        chex.assert_trees_all_equal(ours[name], expected[name])
+        chex.assert_trees_all_equal(chosen_state.contractions[name], state.contractions[name])
+    chex.assert_shape(chosen_state.contractions["dense"], [(4, 4), (6,)])
 
 
-def test_merged_modes_equal_the_reshaped_parameter():
-    rng = np.random.default_rng(0)
-    g, sampled = (jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32) for _ in range(2))
+@pytest.mark.parametrize("make", [tnt, scale_by_tnt])
+def test_without_momentum_the_gradient_is_preconditioned_and_no_momentum_is_kept(make):
+    hyperparams = {"damping": 0.1, "statistics_period": 2, "inverse_period": 3, "trust_radius": 0.5}
+    none, zero = make(momentum=None, **hyperparams), make(momentum=0.0, **hyperparams)
+    (params,) = random_trees(0, 1)
+    state, zero_state = none.init(params), zero.init(params)
+    assert tnt_state(state).momentum is None
+    updates, zero_updates = jax.jit(none.update), jax.jit(zero.update)
+    for grads, sampled in zip(random_trees(1, 4), random_trees(2, 4), strict=True):
+        u, state = updates(grads, state, params, sampled_grads=sampled)
+        v, zero_state = zero_updates(grads, zero_state, params, sampled_grads=sampled)
+        chex.assert_trees_all_equal(u, v)
+    assert int(tnt_state(state).bounded_steps) == int(tnt_state(zero_state).bounded_steps) > 0
+    other = params | {"dense": params["dense"].T}
+    with pytest.raises(ValueError, match=r"state: .*\['dense'\] of shape \(6, 4\).*another model"):
+        none.update(other, state, params, sampled_grads=other)
+    with pytest.raises(ValueError, match="updates: expected the structure of the optimizer's state"):
+        none.update({"dense": params["dense"]}, state, params, sampled_grads=params)
 
-    def modes(path, shape):
-        return Modes(((0, 1), (2,))) if path[-1].key == "merged" else None
 
-    tx = tnt(modes=modes)
-    grads = {"merged": g, "reshaped": g.reshape(6, 4)}
-    u, _ = tx.update(grads, tx.init(grads), sampled_grads={"merged": sampled, "reshaped": sampled.reshape(6, 4)})
-    np.testing.assert_allclose(u["merged"].reshape(6, 4), u["reshaped"], rtol=1e-6)
+def test_what_is_due_at_every_step_needs_no_conditional():
+    params = {"w": jnp.ones((3, 2))}
+    # Diagonal factors, because inverses of matrices choose the platform by a conditional.
+    tx = tnt(0.1, statistics_period=1, inverse_period=1, inverse_parts=2, max_dim=1)
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params, sampled_grads=params)
+    assert count(jaxpr, "cond", inside_cond=False) == 0
 
 
 def test_schedules_of_learning_rate_damping_and_trust_radius():
@@ -168,13 +163,15 @@ def test_schedules_of_learning_rate_damping_and_trust_radius():
     grads, sampled = random_trees(0, 6), random_trees(1, 6)
     rates, dampings = jnp.array([0.1, 0.2, 0.05, 0.4, 0.3, 0.1]), jnp.array([1.0, 0.5, 9.0, 0.2, 9.0, 9.0])
     scheduled = tnt(lambda t: rates[t], damping=lambda t: dampings[t], statistics_period=2, inverse_period=3)
-    state = scheduled.init(grads[0])
-    hand_state = scale_by_tnt().init(grads[0])
+    by_hand = optax.inject_hyperparams(scale_by_tnt)(damping=1.0, statistics_period=2, inverse_period=3)
+    state, hand_state = scheduled.init(grads[0]), by_hand.init(grads[0])
+    update, hand_update = jax.jit(scheduled.update), jax.jit(by_hand.update)
     refresh_damping = [1.0, 1.0, 9.0, 0.2, 0.2, 0.2]  # Refreshed at t = 0, 2 (because 2 < T2) and 3.
     for t in range(6):
-        u, state = scheduled.update(grads[t], state, sampled_grads=sampled[t])
-        tx = scale_by_tnt(damping=refresh_damping[t], statistics_period=2, inverse_period=3)
-        p, hand_state = tx.update(grads[t], hand_state, sampled_grads=sampled[t])
+        u, state = update(grads[t], state, grads[t], sampled_grads=sampled[t])
+        hand_state.hyperparams["damping"] = jnp.float32(refresh_damping[t])
+        p, hand_state = hand_update(grads[t], hand_state, grads[t], sampled_grads=sampled[t])
+        assert float(state[0].damping) == pytest.approx(refresh_damping[t])
         chex.assert_trees_all_close(u, jax.tree.map(lambda x, r=rates[t]: -r * x, p), rtol=1e-4, atol=1e-6)
 
 
@@ -238,7 +235,7 @@ def test_refreshes_in_parts(parts):
     """Each part has its own steps, of which t = 0 and all early ones are those of every part."""
     period, steps = 6, 20
     sampled = random_trees(1, steps)
-    tx = scale_by_tnt(damping=0.1, statistics_period=1, inverse_period=period, refresh_parts=parts)
+    tx = scale_by_tnt(damping=0.1, statistics_period=1, inverse_period=period, inverse_parts=parts)
     state, update = tx.init(sampled[0]), jax.jit(tx.update)
     refreshed = {name: [] for name in SHAPES}
     for t in range(steps):
@@ -249,7 +246,7 @@ def test_refreshes_in_parts(parts):
                 continue
             refreshed[name].append(t)
             contractions = [np.asarray(c, np.float64) for c in state.contractions[name]]
-            for p, u in zip(state.inverses[name], reference.identify(contractions), strict=True):
+            for p, u in zip(state.inverses[name], reference.normalize_factors(contractions), strict=True):
                 # Condition numbers up to 1e3 in float32.
                 expected = np.linalg.inv(u + 0.1 * np.eye(len(u)))
                 np.testing.assert_allclose(p, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
@@ -268,7 +265,7 @@ def test_refreshes_in_parts(parts):
 def test_parts_cost_about_the_same():
     """Equal layers, one part each: one refresh at each step."""
     grads = [jnp.ones((3, 3)) for _ in range(4)]
-    tx = tnt(0.1, damping=lambda t: 1 + jnp.float32(t), statistics_period=1, inverse_period=4, refresh_parts=4)
+    tx = tnt(0.1, damping=lambda t: 1 + jnp.float32(t), statistics_period=1, inverse_period=4, inverse_parts=4)
     state = tx.init(grads)
     update = jax.jit(lambda state: tx.update(grads, state, sampled_grads=grads)[1])
     for t in range(8):

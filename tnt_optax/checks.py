@@ -1,39 +1,30 @@
-"""Errors for bad arguments, raised at trace time. Of numbers that come as arrays only shape and dtype are looked at."""
+"""Errors for bad arguments, raised at trace time. Of a number that is an array, only shape and dtype are checked."""
 
 import math
 import numbers
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import KeyPath, Partial, keystr
+from jax.tree_util import keystr
 
 
-def check_finite(name: str, value: Any) -> None:
-    """A finite number, or an array."""
-    if _is_number(name, value) and not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}.")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """A finite number > 0, or an array."""
-    if _is_number(name, value) and not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}.")
-
-
-def check_not_negative(name: str, value: Any) -> None:
-    """A finite number >= 0, or an array."""
-    if _is_number(name, value) and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}.")
-
-
-def check_unit_interval(name: str, value: Any) -> None:
-    """A number in [0, 1), or an array."""
-    if _is_number(name, value) and not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value}.")
+def check_number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    closed: bool = False,
+    schedule: bool = False,
+) -> None:
+    """A number in (low, high), or with `closed` in [low, high); or an array; or with `schedule` a function."""
+    if schedule and callable(value):
+        return
+    if _is_number(name, value) and not (low < value < high or (closed and value == low)):
+        raise ValueError(f"{name}: expected a number in {'[' if closed else '('}{low}, {high}), got {value}.")
 
 
 def check_period(name: str, value: Any) -> None:
@@ -44,13 +35,22 @@ def check_period(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an integer >= 1, got an array of {value.dtype}.")
 
 
+def check_static_period(name: str, value: Any) -> None:
+    """An integer >= 1 that is known while tracing."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name}: expected a Python integer, got an array. With optax.inject_hyperparams, name it in static_args."
+        )
+    check_period(name, value)
+
+
 def check_axis_names(name: str, value: Any) -> None:
-    """None, the name of a mesh axis, or a tuple of different names."""
+    """None, the name of an axis, or a tuple of different names."""
     names = value if isinstance(value, tuple) and value else (value,)
     if value is not None and not all(isinstance(axis, str) for axis in names):
-        raise TypeError(f"{name}: expected None, the name of a mesh axis, or a tuple of such names, got {value!r}.")
+        raise TypeError(f"{name}: expected None, the name of an axis, or a tuple of such names, got {value!r}.")
     if len(set(names)) < len(names):
-        raise ValueError(f"{name}: expected each mesh axis once, got {value!r}.")
+        raise ValueError(f"{name}: expected each axis once, got {value!r}.")
 
 
 def _is_number(name: str, value: Any) -> bool:
@@ -75,16 +75,19 @@ def check_floating(name: str, tree: Any) -> None:
             raise TypeError(f"{where} {leaf.dtype}.{hint}")
 
 
-def is_function(sampled_grads: Any) -> TypeGuard[Callable[[], Any]]:
-    """Whether it is a function that returns a tree, and not a tree that can be called, such as a module."""
-    return callable(sampled_grads) and (isinstance(sampled_grads, Partial) or jax.tree_util.all_leaves([sampled_grads]))
+def check_scalar(name: str, value: Any) -> None:
+    """A real floating-point array without axes."""
+    if jnp.shape(value):
+        raise ValueError(f"{name}: expected it to return a scalar, got an array of shape {jnp.shape(value)}.")
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(f"{name}: expected it to return a real floating-point number, got {jnp.result_type(value)}.")
 
 
 def match(name: str, tree: Any, other: Any, other_name: str) -> Any:
-    """`tree` in the structure of `other`, or an error that names the first path at which they differ.
+    """`tree` in the structure of `other`, or an error that names the first paths at which they differ.
 
-    Where `other` holds None or an `optax.MaskedNode`, whatever `tree` has is left out; where it holds an array,
-    `tree` may have an array in a box of one (a Flax variable).
+    The leaves of `other` have a shape. Where it holds None or an `optax.MaskedNode`, the part of `tree` is dropped.
+    Where it holds a leaf, `tree` may have a container with one array (a Flax variable).
 
     Raises:
       ValueError: another structure, or another shape.
@@ -94,24 +97,16 @@ def match(name: str, tree: Any, other: Any, other_name: str) -> Any:
     try:
         subtrees = structure.flatten_up_to(tree)
     except (ValueError, TypeError):
-        raise ValueError(_first_difference(name, tree, other, other_name)) from None
+        raise ValueError(_difference(name, tree, other, other_name)) from None
     matched = []
-    for (path, array), subtree in zip(places, subtrees, strict=True):
-        if _is_left_out(array):
-            matched.append(array)
-            continue
-        leaves = jax.tree.leaves(subtree)
-        if len(leaves) != 1:
-            raise ValueError(
-                f"{name}: expected the structure of {other_name}, but {len(leaves)} arrays came at "
-                f"{name}{keystr(path)}, where there is one in it."
-            )
-        if jnp.shape(leaves[0]) != jnp.shape(array):
-            raise ValueError(
-                f"{name}{keystr(path)}: expected the shape {jnp.shape(array)} of {other_name}, "
-                f"got {jnp.shape(leaves[0])}."
-            )
-        matched.append(leaves[0])
+    for (path, leaf), subtree in zip(places, subtrees, strict=True):
+        arrays = [leaf] if _is_left_out(leaf) else jax.tree.leaves(subtree)
+        where = f"{name}{keystr(path)}: expected"
+        if len(arrays) != 1:
+            raise ValueError(f"{where} one array, as in {other_name}, got {len(arrays)} arrays.")
+        if arrays[0] is not leaf and jnp.shape(arrays[0]) != leaf.shape:
+            raise ValueError(f"{where} the shape {leaf.shape} of {other_name}, got {jnp.shape(arrays[0])}.")
+        matched += arrays
     result = jax.tree.unflatten(structure, matched)
     check_floating(name, result)
     return result
@@ -121,18 +116,12 @@ def _is_left_out(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _first_difference(name: str, tree: Any, other: Any, other_name: str) -> str:
-    places = jax.tree_util.tree_flatten_with_path(other, is_leaf=_is_left_out)[0]
-    got = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-    def begins(path: KeyPath, prefix: KeyPath) -> bool:
-        return path[: len(prefix)] == prefix
-
-    message = f"{name}: expected the structure of {other_name}"
-    for place, array in places:
-        if not _is_left_out(array) and not any(begins(path, place) for path in got):
-            return f"{message}, but nothing came at {name}{keystr(place)}."
-    for path in got:
-        if not any(begins(path, place) for place, _ in places):
-            return f"{message}, but something came at {name}{keystr(path)}, where there is nothing in it."
-    return f"{message}, {jax.tree.structure(other)}, got {jax.tree.structure(tree)}."
+def _difference(name: str, tree: Any, other: Any, other_name: str) -> str:
+    flat = jax.tree_util.tree_leaves_with_path(other, is_leaf=_is_left_out)
+    expected = {keystr(path) for path, leaf in flat if not _is_left_out(leaf)}
+    got = {keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    first = [f"{name}{min(paths)}" if paths else "none" for paths in (expected - got, got - expected)]
+    return (
+        f"{name}: expected the structure of {other_name}, got another one. First array that is missing: {first[0]}; "
+        f"first that is not expected: {first[1]}."
+    )

@@ -1,7 +1,5 @@
-"""What an optimizer's state tells of the training, as numbers for a logger."""
+"""Numbers about the optimizer's state, for a logger."""
 
-import collections
-import functools
 import math
 from typing import Any
 
@@ -10,25 +8,26 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from tnt_optax import checks, factors, sharding, states
-from tnt_optax.dtypes import as_float, float32_or_better
-from tnt_optax.inversion import eigenvalues
-from tnt_optax.states import Found, TNTState
-from tnt_optax.transform import NumberOrSchedule
+from tnt_optax import checks, sharding
+from tnt_optax.blocks import Block, map_by_shape
+from tnt_optax.factors import Factor
+from tnt_optax.numerics import as_float, float32_or_better
+from tnt_optax.state import TNTState, describe_state, find_states
 
 
-def diagnostics(
-    opt_state: optax.OptState, *, damping: NumberOrSchedule, grads: Any = None, updates: Any = None
-) -> dict[str, jax.Array]:
-    """Numbers by name, of the factors of every parameter and of the steps until now. Nothing is changed.
+def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = None) -> dict[str, jax.Array]:
+    """Numbers by name, about the factors of every parameter and about the steps so far. Nothing is changed.
 
-    It computes the eigenvalues of every factor, which takes longer than a refresh of the inverses: call it rarely,
+    It computes the eigenvalues of every factor, which takes longer than an update of the inverses: call it rarely,
     inside `jax.jit` or not. (With a state that is stacked by `jax.vmap`, inside `jax.vmap`.) On a mesh of devices every
     device gets all numbers.
 
-    For mode i = 0, 1, ... of every parameter, with the factor U of Eq. (5) that belongs to the present statistics, its
-    eigenvalues l_1 <= ... <= l_d (of a diagonal factor: its entries) and the damping eps. All are float32 (float64 for
-    float64 parameters) scalars, or of the shape of the stack where `Modes.batch` stacks independent parameters:
+    >>> values = diagnostics(opt_state, grads=grads, updates=updates)
+    >>> print(values["tnt/steps"], values["dense/kernel/mode_0/condition"])
+
+    For mode i = 0, 1, ... of every parameter, with the factor U of Eq. (5) for the current statistics, its eigenvalues
+    l_1 <= ... <= l_d (of a diagonal factor: its entries) and the damping eps of the last inverse update. All are
+    float32 (float64 for float64 parameters) scalars, or have the batch axes of a `TensorView`:
 
       "<path>/mode_<i>/trace": tr U.
       "<path>/mode_<i>/mean_eigenvalue": tr U / d, which is the same for all modes of a parameter.
@@ -36,176 +35,124 @@ def diagnostics(
       "<path>/mode_<i>/condition": l_d / l_1, of U. Infinity where U is singular, also for U = 0.
       "<path>/mode_<i>/damped_condition": (l_d + eps) / (l_1 + eps), of U + eps I, the matrix that is inverted; 1 for
         U = 0.
-      "<path>/mode_<i>/share_below_damping": of the eigenvalues, those that are smaller than eps; 1 for U = 0.
+      "<path>/mode_<i>/share_below_damping": the share of the eigenvalues that are smaller than eps; 1 for U = 0.
 
     The eigenvalues of a dense factor are known to within rounding errors of the size d * (the dtype's epsilon) * l_d:
     smaller ones, and negative ones, count as 0.
 
     For every parameter:
 
-      "<path>/age": int32; how many steps were made with its present inverses: 1 after the step that computed them, 0
-        after a warm start, -1 if there are none. Only for `tnt`, as everything that `scale_by_tnt` does not count.
-      "<path>/update_to_gradient": |u| / |g|, the norm of the update by that of the gradient; infinity where only g = 0,
-        0 where both are.
+      "<path>/age": int32; steps since its inverses were updated: 1 after the step that updated them, 0 after a warm
+        start, -1 before the first update.
+      "<path>/update_to_gradient": |u| / |g|, the norm of the update divided by that of the gradient; infinity where
+        only g = 0, 0 where both are.
       "<path>/cosine": <u, g> / (|u| |g|); -1 for gradient descent; 0 where one of them is 0.
 
-    The last two need `grads` and `updates`. A parameter without elements has no numbers. For the whole:
+    The last two need `grads` and `updates`. A parameter without elements has no numbers. For the whole optimizer:
 
-      "tnt/steps": int32; how many steps were made, t.
-      "tnt/absorbed": int32; how many sampled gradients the statistics absorbed.
+      "tnt/steps": int32; the number of steps, t.
+      "tnt/absorbed": int32; the number of sampled gradients in the statistics.
       "tnt/damping": eps.
-      "tnt/bounded_steps": int32; how many steps the trust radius shortened. Only for `tnt`, as all that follow.
-      "tnt/bounded_share": the same by the number of all steps; 0 before the first.
-      "tnt/rejected_gradients", "tnt/rejected_sampled_gradients", "tnt/rejected_inverses": int32; see `RejectedState`.
+      "tnt/bounded_steps": int32; the number of steps that the trust radius shortened.
+      "tnt/bounded_share": the same divided by the number of all steps; 0 before the first.
+      "tnt/rejected_gradients", "tnt/rejected_sampled_gradients", "tnt/rejected_inverses": int32; see `TNTState`.
 
     <path> is `jax.tree_util.keystr(path, simple=True, separator="/")`, such as "dense/kernel"; where that is the same
     for two parameters, `keystr(path)`. Where `opt_state` holds several states of this library (in `optax.partition`,
-    say), the place of each stands before all of its names.
+    for example), the path of each state precedes all of its names.
 
     Args:
       opt_state: of `tnt` or `scale_by_tnt`, also inside chained, masked, partitioned or injected states.
-      damping: what the optimizer has: a number, an array without axes, or a schedule, which is evaluated at the last
-        step. (Of `optax.inject_hyperparams`: `opt_state.hyperparams["damping"]`.)
       grads: None, or the gradients of the last step, a tree like the parameters.
-      updates: None, or what `update` made of them.
+      updates: None, or what `update` returned for them.
 
     Raises:
-      ValueError: there is no `TNTState` in `opt_state`, `damping` is out of range, only one of `grads` and `updates`
-        came, or one of them has another structure or shape than the parameters.
-      TypeError: `damping` is no number, or `opt_state` is stacked.
+      ValueError: there is no `TNTState` in `opt_state`, only one of `grads` and `updates` is given, or one of them has
+        another structure or shape than the parameters.
+      TypeError: `opt_state` is stacked.
     """
-    if not callable(damping):
-        checks.check_positive("damping", damping)
     if (grads is None) != (updates is None):
         given, missing = ("grads", "updates") if updates is None else ("updates", "grads")
         raise ValueError(f"{missing}: expected together with {given}, got None.")
-    return sharding.everywhere(functools.partial(_read, damping))(opt_state, grads, updates)
+    return sharding.replicated(_read)(opt_state, grads, updates)
 
 
-def _read(damping: NumberOrSchedule, opt_state: optax.OptState, grads: Any, updates: Any) -> dict[str, jax.Array]:
-    found = states.find(opt_state)
+def _read(opt_state: optax.OptState, grads: Any, updates: Any) -> dict[str, jax.Array]:
+    found = find_states(opt_state)
     values: dict[str, jax.Array] = {}
-    for state in found:
-        count = _array(state.tnt.count)
-        if count.ndim:
+    for path, state in found:
+        if (shape := _array(state.count).shape) != ():
             raise TypeError(
-                f"opt_state: expected that of one optimizer, got a stack of shape {count.shape}: call diagnostics "
+                f"opt_state: expected the state of one optimizer, got a stack of shape {shape}: call diagnostics "
                 "inside jax.vmap."
             )
-        last = jnp.maximum(count - 1, 0)
-        eps = as_float(damping(last) if callable(damping) else damping)
-        numbers = {**_of_the_whole(state, eps), **_of_the_parameters(state, eps, grads, updates)}
-        place = "" if len(found) == 1 else keystr(state.path, simple=True, separator="/") + "/"
-        values |= {place + name: value for name, value in numbers.items()}
+        numbers = _of_the_optimizer(state) | _of_the_factors(state) | _of_the_updates(state, grads, updates)
+        prefix = "" if len(found) == 1 else keystr(path, simple=True, separator="/") + "/"
+        values |= {prefix + name: value for name, value in numbers.items()}
     return values
 
 
-def _of_the_whole(state: Found, eps: jax.Array) -> dict[str, jax.Array]:
-    steps = _array(state.tnt.count)
-    values = {"tnt/steps": steps, "tnt/absorbed": _array(state.tnt.statistics_count), "tnt/damping": eps}
-    if state.history is not None:
-        bounded = _array(state.history.bounded)
-        values["tnt/bounded_steps"] = bounded
-        values["tnt/bounded_share"] = as_float(bounded) / as_float(jnp.maximum(steps, 1))
-    if state.rejected is not None:
-        values |= {f"tnt/rejected_{what}": _array(n) for what, n in state.rejected._asdict().items()}
-    return values
-
-
-def _of_the_parameters(state: Found, eps: jax.Array, grads: Any, updates: Any) -> dict[str, jax.Array]:
-    sizes, structure = jax.tree.flatten(jax.tree.map(jnp.size, state.tnt.momentum))
-    # flax.nnx.Optimizer may hold the tuples as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
-    contractions = [tuple(jax.tree.leaves(matrices)) for matrices in structure.flatten_up_to(state.tnt.contractions)]
-    names = _names(state.tnt)
-    values: dict[str, jax.Array] = {}
-
-    factors_of = {
-        (index, mode): _factors(mode, matrices, size)
-        for index, (matrices, size) in enumerate(zip(contractions, sizes, strict=True))
-        for mode in range(len(matrices))
-        if size
+def _of_the_optimizer(state: TNTState) -> dict[str, jax.Array]:
+    steps, bounded = _array(state.count), _array(state.bounded_steps)
+    rejected = ("rejected_gradients", "rejected_sampled_gradients", "rejected_inverses")
+    return {
+        "tnt/steps": steps,
+        "tnt/absorbed": _array(state.statistics_count),
+        "tnt/damping": _array(state.damping),
+        "tnt/bounded_steps": bounded,
+        "tnt/bounded_share": as_float(bounded) / as_float(jnp.maximum(steps, 1)),
+        **{f"tnt/{name}": _array(getattr(state, name)) for name in rejected},
     }
-    for (index, mode), (factor, spectrum) in _with_spectra(factors_of).items():
-        matrix = contractions[index][mode]
-        stack = matrix.shape[: matrix.ndim - factor.ndim + 1]
-        for what, value in _of_a_factor(factor, spectrum, eps.astype(factor.dtype)).items():
-            values[f"{names[index]}mode_{mode}/{what}"] = value.reshape(stack)
 
-    if state.history is not None:
-        count, refreshed = _array(state.tnt.count), _array(state.history.refreshed)
-        for place, part in factors.equal_parts(contractions, len(refreshed)):
-            age = jnp.where(refreshed[place] < 0, -1, count - refreshed[place])
-            values |= {f"{name}age": age for name, size in zip(names[part], sizes[part], strict=True) if size}
 
-    if grads is not None:
-        pairs = [
-            jax.tree.leaves(checks.match(name, tree, state.tnt.momentum, "the optimizer's state"))
-            for name, tree in (("grads", grads), ("updates", updates))
-        ]
-        for name, size, g, u in zip(names, sizes, *pairs, strict=True):
-            if size:
-                values[f"{name}update_to_gradient"], values[f"{name}cosine"] = _compare(u, g)
+def _of_the_factors(state: TNTState) -> dict[str, jax.Array]:
+    described = [one for one in describe_state(state) if math.prod(one[0].shape)]
+    blocks = [block for block, *_ in described]
+    normalized = [block.normalized(contractions) for block, contractions, _ in described]
+    count, damping, values = _array(state.count), _array(state.damping), {}
+
+    def of_factor(factor: Factor, matrix: jax.Array) -> dict[str, jax.Array]:
+        return _of_a_factor(factor, matrix, damping.astype(matrix.dtype))
+
+    for (block, _, refreshed_at), modes in zip(described, map_by_shape(of_factor, blocks, normalized), strict=True):
+        for mode, numbers in enumerate(modes):
+            values |= {f"{_prefix(block)}mode_{mode}/{name}": value for name, value in numbers.items()}
+        first = jnp.min(refreshed_at)  # Of a stack, the inverses that were updated first.
+        values[f"{_prefix(block)}age"] = jnp.where(first < 0, -1, count - first)
     return values
 
 
-def _names(state: TNTState) -> list[str]:
-    """The beginning of the names of every parameter's numbers."""
-    # flax.nnx.Optimizer's own state has every array in a box, a variable, which is no part of a parameter's path.
-    ((box, _),) = jax.tree_util.tree_leaves_with_path(state.count)
-    paths = [path[: len(path) - len(box)] for path, _ in jax.tree_util.tree_leaves_with_path(state.momentum)]
-    simple = [keystr(path, simple=True, separator="/") for path in paths]
-    often = collections.Counter(simple)
-    names = [keystr(path) if often[name] > 1 else name for path, name in zip(paths, simple, strict=True)]
-    return [f"{name}/" if name else "" for name in names]
+def _of_the_updates(state: TNTState, grads: Any, updates: Any) -> dict[str, jax.Array]:
+    if grads is None:
+        return {}
+    like = grads if state.momentum is None else state.momentum
+    grads, updates = (
+        jax.tree.leaves(checks.match(name, tree, like, "the optimizer's state"))
+        for name, tree in (("grads", grads), ("updates", updates))
+    )
+    values = {}
+    for (block, *_), g, u in zip(describe_state(state), grads, updates, strict=True):
+        if g.size:
+            ratio, cosine = _compare(u, g)
+            values |= {f"{_prefix(block)}update_to_gradient": ratio, f"{_prefix(block)}cosine": cosine}
+    return values
 
 
-def _factors(mode: int, contractions: tuple[jax.Array, ...], size: int) -> jax.Array:
-    """U of one mode and all slices of a stack: (slices, d, d), or (slices, d) where only the diagonal is kept."""
-    dims = [matrix.shape[-1] for matrix in contractions]
-    matrix, d = contractions[mode], dims[mode]
-    slices = size // math.prod(dims)
-    shape = (slices, d, d) if matrix.size == slices * d * d else (slices, d)
-    return jax.vmap(lambda c: factors.identify(c, len(dims), math.prod(dims)))(matrix.reshape(shape))
+def _prefix(block: Block) -> str:
+    return f"{block.name}/" if block.name else ""
 
 
-def _with_spectra(factors_of: dict[Any, jax.Array]) -> dict[Any, tuple[jax.Array, jax.Array]]:
-    """Each stack of factors with its eigenvalues (slices, d), the smallest first.
-
-    Factors of one length go through one program together, so that a model of many equal layers compiles as fast as one
-    of few.
-    """
-    groups: dict[Any, list[Any]] = {}
-    for key, factor in factors_of.items():
-        groups.setdefault((factor.shape[1:], factor.dtype), []).append(key)
-    spectra = {}
-    for keys in groups.values():
-        together = jax.vmap(_spectrum)(jnp.concatenate([factors_of[key] for key in keys]))
-        start = 0
-        for key in keys:
-            spectra[key] = together[start : start + len(factors_of[key])]
-            start += len(factors_of[key])
-    return {key: (factor, spectra[key]) for key, factor in factors_of.items()}
-
-
-def _spectrum(factor: jax.Array) -> jax.Array:
-    if factor.ndim == 1:
-        return jnp.sort(factor)
-    spectrum = eigenvalues(factor)
-    rounding = len(factor) * jnp.finfo(factor.dtype).eps * spectrum[-1]
-    return jnp.where(spectrum > rounding, spectrum, 0)
-
-
-def _of_a_factor(factor: jax.Array, spectrum: jax.Array, eps: jax.Array) -> dict[str, jax.Array]:
-    trace = jnp.sum(factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=1, axis2=2), axis=-1)
-    smallest, largest = spectrum[:, 0], spectrum[:, -1]
+def _of_a_factor(factor: Factor, matrix: jax.Array, eps: jax.Array) -> dict[str, jax.Array]:
+    spectrum, trace = factor.spectrum(matrix), factor.trace(matrix)
+    smallest, largest = spectrum[0], spectrum[-1]
     return {
         "trace": trace,
-        "mean_eigenvalue": trace / factor.shape[-1],
+        "mean_eigenvalue": trace / len(matrix),
         "smallest_eigenvalue": smallest,
         "largest_eigenvalue": largest,
         "condition": jnp.where(smallest > 0, largest / jnp.where(smallest > 0, smallest, 1), jnp.inf),
         "damped_condition": (largest + eps) / (smallest + eps),
-        "share_below_damping": jnp.mean((spectrum < eps).astype(factor.dtype), axis=-1),
+        "share_below_damping": jnp.mean((spectrum < eps).astype(matrix.dtype)),
     }
 
 
@@ -215,7 +162,7 @@ def _compare(u: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     (u, scale_u, norm_u), (g, scale_g, norm_g) = (_normed(x.astype(dtype)) for x in (u, g))
     ratio = jnp.where(norm_u > 0, (scale_u / scale_g) * (norm_u / norm_g), 0)
     cosine = jnp.vdot(u, g, precision=jax.lax.Precision.HIGHEST) / jnp.where(norm_u * norm_g > 0, norm_u * norm_g, 1)
-    # NaN is no direction, and is told.
+    # An update that is NaN has no norm.
     return jnp.where(jnp.isnan(norm_u), norm_u, ratio), cosine
 
 

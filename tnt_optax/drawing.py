@@ -1,4 +1,4 @@
-"""A picture of what `diagnostics` tells."""
+"""A plot of the numbers that `diagnostics` returns."""
 
 import re
 from collections.abc import Mapping
@@ -11,18 +11,17 @@ if TYPE_CHECKING:
 
 
 def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
-    """The spectra of all factors beside the damping: one row for each mode of each parameter.
+    """The spectra of all factors and the damping: one row for each mode of each parameter.
 
-    On the left a line from the smallest eigenvalue to the largest (what is below 1e-6 of the largest of all, or 0, lies
-    on the left edge), a dot for the mean, a vertical line for the damping; on the right the share of the eigenvalues
-    that are smaller than the damping. A stack of factors has one row, with its extremes, all its means and its mean
-    share.
+    Left: a line from the smallest eigenvalue to the largest, a dot for the mean, a vertical line for the damping.
+    Eigenvalues below 1e-6 of the largest of all are drawn at the left edge. Right: the share of the eigenvalues that
+    are smaller than the damping. A stack of factors has one row, with its extremes, all its means and its mean share.
 
     Args:
       values: what `diagnostics` returned.
 
     Returns:
-      A figure that belongs to no window: `draw_diagnostics(values).savefig("spectra.png")`.
+      A figure without a window: `draw_diagnostics(values).savefig("spectra.png")`.
 
     Raises:
       ImportError: there is no matplotlib.
@@ -31,9 +30,7 @@ def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError(
-            "draw_diagnostics needs matplotlib: pip install matplotlib, or the extra tnt_optax[examples]."
-        ) from None
+        raise ImportError("draw_diagnostics needs matplotlib: pip install matplotlib.") from None
     rows = [match.group(1) for match in map(re.compile(r"(.*mode_\d+)/mean_eigenvalue").fullmatch, values) if match]
     if not rows:
         raise ValueError("values: expected what diagnostics returned, found no '.../mode_0/mean_eigenvalue' in it.")
@@ -49,15 +46,8 @@ def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
     figure = Figure(figsize=(10, 1.2 + 0.2 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     places = np.arange(len(rows))
-    left.hlines(
-        places,
-        [max(np.min(x), left_edge) for x in smallest],
-        [max(np.max(x), left_edge) for x in largest],
-        color="tab:blue",
-        alpha=0.4,
-        linewidth=3,
-        label="eigenvalues",
-    )
+    ends = [max(np.min(x), left_edge) for x in smallest], [max(np.max(x), left_edge) for x in largest]
+    left.hlines(places, *ends, color="tab:blue", alpha=0.4, linewidth=3, label="eigenvalues")
     dots = np.repeat(places, [len(x) for x in means])
     left.plot(np.maximum(np.concatenate(means), left_edge), dots, "o", color="tab:blue", markersize=4, label="mean")
     for number, damping in enumerate(sorted(dampings)):
@@ -66,9 +56,8 @@ def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
     left.set_yticks(places, rows, fontsize=7)
     left.set_ylim(len(rows) - 0.5, -0.5)  # The first on top.
     left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8)
-    right.barh(
-        places, [float(np.mean(x)) for x in column("share_below_damping")], height=0.6, color="tab:red", alpha=0.6
-    )
+    shares = [float(np.mean(x)) for x in column("share_below_damping")]
+    right.barh(places, shares, height=0.6, color="tab:red", alpha=0.6)
     right.set(xlim=(0, 1), xlabel="share below the damping")
     right.tick_params(axis="y", labelleft=False)
     for axis in (left, right):

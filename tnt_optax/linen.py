@@ -1,4 +1,4 @@
-"""For users of Flax Linen: a `TrainState` that hands `sampled_grads` on to the optimizer."""
+"""For users of Flax Linen: a `TrainState` that forwards `sampled_grads` to the optimizer."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from flax.training import train_state
 class TrainState(train_state.TrainState):
     """Flax's `TrainState`, whose `apply_gradients` takes `sampled_grads` too.
 
-    Subclass it to hold more, such as `batch_stats`, as one does with Flax's own.
+    Subclass it to add fields, such as `batch_stats`, as Flax's own.
     """
 
     def apply_gradients(self, *, grads: Any, sampled_grads: Any = None, **kwargs: Any) -> Any:
@@ -22,7 +22,7 @@ class TrainState(train_state.TrainState):
           **kwargs: other fields to replace.
         """
         tx = self.tx
-        # Flax's method calls `tx.update` without extra arguments, so they are bound beforehand.
+        # Flax's method calls `tx.update` without extra arguments, so the argument is bound here.
         update = functools.partial(optax.with_extra_args_support(tx).update, sampled_grads=sampled_grads)
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
         return train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs).replace(tx=tx)

@@ -1,25 +1,53 @@
-"""A batch in equal parts, one after the other: what they are, how much each counts, and the sum over them."""
+"""Microbatches: a batch in equal parts, their shares of its loss, and the sum over them."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import keystr
 
-from tnt_optax.dtypes import as_float, float32_or_better
+from tnt_optax.numerics import as_float, float32_or_better
 
 
-def split(number: int, **trees: Any) -> tuple[Any, ...]:
+class Part(NamedTuple):
+    """A microbatch, a stack of microbatches, or the whole batch.
+
+    Attributes:
+      inputs: of the model.
+      targets: of the loss.
+      key: for the sampled targets.
+      predictive: its distribution.
+      shares: the weight of its loss in the loss of the batch; for a `Joint` a mapping, as of its distributions.
+    """
+
+    inputs: Any
+    targets: Any
+    key: jax.Array
+    predictive: Any
+    shares: Any
+
+
+def split_batch(number: int, batch: Part) -> Part:
+    """The microbatches of a batch, stacked on a leading axis of all arrays. For the errors, see `split`."""
+    predictives, shares = split_predictive(batch.predictive, number)
+    # The distributions of a `Joint` have batch sizes of their own.
+    one_size = not isinstance(shares, Mapping)
+    inputs, targets = split(number, one_size=one_size, inputs=batch.inputs, targets=batch.targets)
+    return Part(inputs, targets, jax.random.split(batch.key, number), predictives, shares)
+
+
+def split(number: int, *, one_size: bool = True, **trees: Any) -> tuple[Any, ...]:
     """Each tree with its leaves of shape (batch, ...) in the shape (number, batch / number, ...).
 
-    Part j has the examples j, j + number, j + 2 number, ..., so that where a batch is divided among devices each
-    part is too.
+    Part j has the examples j, j + number, j + 2 number, ..., so that each part is divided among devices as the batch
+    is.
 
     Raises:
-      ValueError: a leaf without a leading axis, or with another one than the first leaf, or one that `number` does
-        not divide; it names the leaf after its tree's keyword.
+      ValueError: a leaf without a leading axis, or one that `number` does not divide, or (with `one_size`) of another
+        length than that of the first leaf; it names the leaf after its tree's keyword.
     """
     leaves = [
         (f"{name}{keystr(path)}", jnp.shape(leaf))
@@ -28,51 +56,44 @@ def split(number: int, **trees: Any) -> tuple[Any, ...]:
     ]
     if not leaves:
         raise ValueError(f"{' and '.join(trees)}: expected arrays to be split into {number} microbatches, got none.")
+    size = leaves[0][1][0] if leaves[0][1] else 0
     for name, shape in leaves:
-        if not shape:
+        if not shape or shape[0] % number or (one_size and shape[0] != size):
+            expected = f"the leading axis of {leaves[0][0]}, {size}" if one_size and size else "a leading axis"
             raise ValueError(
-                f"{name}: expected, with microbatches={number}, a leading axis of the batch, got a scalar. What is the "
-                f"same for all examples belongs into the closure of `forward`; a random key has to become one for each "
+                f"{name}: unequal microbatches: expected {expected}, that microbatches={number} divides, got shape "
+                f"{shape}. Drop or pad examples (with Categorical(weights=...), padded ones do not count). What is the "
+                f"same for all examples belongs in the closure of `forward`. A random key has to become one for each "
                 f"example, jax.random.split(key, batch_size), of which `forward` may take the first."
             )
-        if shape[0] != leaves[0][1][0]:
-            raise ValueError(
-                f"{name}: unequal microbatches: expected the leading axis of {leaves[0][0]}, {leaves[0][1][0]}, got "
-                f"shape {shape}. What is the same for all examples belongs into the closure of `forward`."
-            )
-    size = leaves[0][1][0]
-    if size % number:
-        raise ValueError(
-            f"{leaves[0][0]}: unequal microbatches: expected a leading axis that microbatches={number} divides, got "
-            f"{size}. Drop or pad examples (with Categorical(weights=...) those that are padded don't count)."
-        )
 
     def in_parts(leaf: Any) -> jax.Array:
-        shape = jnp.shape(leaf)
-        return jnp.swapaxes(jnp.reshape(leaf, (size // number, number, *shape[1:])), 0, 1)
+        size, *rest = jnp.shape(leaf)
+        return jnp.swapaxes(jnp.reshape(leaf, (size // number, number, *rest)), 0, 1)
 
     return tuple(jax.tree.map(in_parts, tree) for tree in trees.values())
 
 
-def split_distribution(predictive: Any, number: int) -> tuple[Any, jax.Array]:
+def split_predictive(predictive: Any, number: int) -> tuple[Any, Any]:
     """The distribution of every part, stacked on a leading axis of its arrays, and the parts' shares of the loss.
 
-    That is what a method `split(number)` of the distribution says. Without it all parts have the same distribution,
-    and count equally. An object that is no pytree holds no arrays that could be stacked: None takes its place.
+    They are what a method `split(number)` of the distribution returns. Without it, all parts have the same distribution
+    and equal shares.
 
     Raises:
-      TypeError: it has such a method, but is no pytree.
+      TypeError: the object has such a method, but is not a pytree.
       ValueError: it has no such method, but an array that may be of single examples.
     """
-    if jax.tree_util.all_leaves([predictive]):
-        if hasattr(predictive, "split"):
+    opaque = jax.tree_util.all_leaves([predictive])
+    if hasattr(predictive, "split"):
+        if opaque:
             raise TypeError(
                 f"predictive: expected a pytree, because it has a method 'split', got {type(predictive).__name__}: "
                 f"register it, for example with jax.tree_util.register_dataclass."
             )
-        return None, uniform_shares(number)
-    if hasattr(predictive, "split"):
         return predictive.split(number)
+    if opaque:
+        return predictive, uniform_shares(number)
     for path, leaf in jax.tree_util.tree_leaves_with_path(predictive):
         if jnp.shape(leaf):
             raise ValueError(
@@ -84,7 +105,7 @@ def split_distribution(predictive: Any, number: int) -> tuple[Any, jax.Array]:
 
 
 def stack(tree: Any, number: int) -> Any:
-    """The same for all parts."""
+    """The same arrays for all parts."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *jnp.shape(x))), tree)
 
 
@@ -93,22 +114,21 @@ def uniform_shares(number: int) -> jax.Array:
     return as_float(jnp.full(number, 1 / number))
 
 
-def weighted_sum(function: Callable[[Any], tuple[Any, Any]], like: Any, shares: jax.Array, parts: Any) -> Any:
-    """sum_j shares[j] tree_j, where function(parts[j]) = (tree_j, rest_j), and all the rest_j, stacked.
+def accumulate(function: Callable[[Any], tuple[Any, Any]], like: Any, parts: Any) -> Any:
+    """sum_j tree_j, where function(parts[j]) = (tree_j, rest_j), and all the rest_j, stacked.
 
-    The parts are gone through one after the other (`jax.lax.scan`): only one of them is in memory. The sum has the
-    structure, shapes and shardings of `like`, and is in float32 or better.
+    The parts are processed one by one (`jax.lax.scan`), so that only one of them is in memory. The sum has the
+    structure, shapes and shardings of `like`, and is in float32 or better. Leaves of `parts` that are not arrays (a
+    distribution that is not a pytree) are the same for all parts.
     """
+    leaves, structure = jax.tree.flatten(parts)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
 
-    def body(total: Any, xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
-        share, part = xs
+    def body(total: Any, arrays: list[jax.Array]) -> tuple[Any, Any]:
+        slices = iter(arrays)
+        part = structure.unflatten([next(slices) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)])
         tree, rest = function(part)
-        return jax.tree.map(lambda t, x: t + share.astype(t.dtype) * x.astype(t.dtype), total, tree), rest
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, tree), rest
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), like)
-    return lax.scan(body, zeros, (shares, parts))
-
-
-def cast_like(like: Any, tree: Any) -> Any:
-    """`tree` in the dtypes of `like`."""
-    return jax.tree.map(lambda x, y: y.astype(jnp.result_type(x)), like, tree)
+    return lax.scan(body, zeros, [leaf for a, leaf in zip(is_array, leaves, strict=True) if a])

@@ -1,12 +1,14 @@
-"""Predictive distributions p(y | x, theta): what the outputs of a model say about its targets.
+"""Predictive distributions p(y | x, theta): how likely the targets are, given the outputs of a model.
 
-`value_and_sampled_grad` takes any object with the two methods of `PredictiveDistribution`; the three here are the
-usual ones. Losses are negative log-likelihoods (up to a constant), because only then is the covariance of the
-gradients of sampled targets the Fisher matrix of Eq. (1). They are computed in float32 or better.
+`value_and_sampled_grad` takes any object with the two methods of `PredictiveDistribution`; those here are the usual
+ones, and `Joint`, which combines several. Losses are negative log-likelihoods (up to a constant), because only then is
+the covariance of the gradients of sampled targets the Fisher matrix of Eq. (1). They are computed in float32 or
+better.
 """
 
 import dataclasses
 import numbers
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -14,17 +16,17 @@ import jax.numpy as jnp
 import optax
 
 from tnt_optax import checks, microbatches
-from tnt_optax.dtypes import as_float, float32_or_better
+from tnt_optax.numerics import as_float, float32_or_better
 
 
 class PredictiveDistribution(Protocol):
-    """What `value_and_sampled_grad` asks of a predictive distribution.
+    """The interface of a predictive distribution.
 
-    An object may also have a method `batch_size(outputs)`: over how many independent examples `loss` takes its
-    mean. Without it, that is the length of the leading axis of the outputs.
+    An object may also have a method `batch_size(outputs)`: the number of independent examples over which `loss` takes
+    its mean. Without it, that is the length of the leading axis of the outputs.
 
-    One that holds arrays needs, for `microbatches`, a method `split(number)` too. It returns the same object with a
-    further leading axis of length `number` on all of its arrays, whose element j is the distribution of part j
+    An object that holds arrays needs, for `microbatches`, a method `split(number)` too. It returns the same object with
+    an additional leading axis of length `number` on all of its arrays, whose element j is the distribution of part j
     (the examples j, j + number, j + 2 number, ...), and the floating-point shares, of shape (number,), that the parts'
     losses have in the loss of the whole batch.
     """
@@ -48,8 +50,8 @@ class Categorical:
 
     Attributes:
       weights: None, or an array of shape (...) with a weight for each label, such as a mask that is 0 on padded
-        positions. The loss is then sum(weights * nll) / sum(weights), for true and for sampled labels alike (and 0
-        where all weights are). It is an array like any other: build `Categorical(weights=mask)` inside the step.
+        positions. The loss is then sum(weights * nll) / sum(weights), for true and for sampled labels alike, and 0 if
+        all weights are 0. It is an array like any other: build `Categorical(weights=mask)` inside the step.
     """
 
     weights: Any = None
@@ -75,7 +77,7 @@ class Categorical:
         if self.weights is None:
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
         weights = self._weights(outputs)
-        # Whatever stands on a padded position, even if it is not finite, has no part in loss and gradient.
+        # The value at a padded position, even if it is not finite, has no effect on loss and gradient.
         logits = jnp.where(weights[..., None] == 0, 0, logits)
         targets = jnp.where(weights == 0, 0, targets)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -153,7 +155,7 @@ class Normal:
     def __post_init__(self) -> None:  # noqa: D105
         # JAX also builds it with placeholders for its arrays.
         if isinstance(self.variance, numbers.Real | str):
-            checks.check_positive("variance", self.variance)
+            checks.check_number("variance", self.variance, 0)
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """Squared error / (2 variance), summed over an example's outputs, mean over the batch: a scalar.
@@ -171,9 +173,9 @@ class Normal:
         return means + jnp.sqrt(self._variance(means)) * jax.random.normal(key, means.shape, means.dtype)
 
     def split(self, number: int) -> tuple["Normal", jax.Array]:
-        """The same variance for all parts, which count equally; see `PredictiveDistribution`.
+        """The same variance and equal shares for all parts; see `PredictiveDistribution`.
 
-        One variance for each example of the batch, which does not broadcast to a part's outputs, is an error there.
+        A variance for each example of the batch, which does not broadcast to a part's outputs, is an error in `loss`.
         """
         return microbatches.stack(self, number), microbatches.uniform_shares(number)
 
@@ -183,14 +185,106 @@ class Normal:
         except ValueError:
             raise ValueError(
                 f"variance: expected a shape that broadcasts to the outputs' {means.shape}, "
-                f"got {jnp.shape(self.variance)}. (With microbatches, it has to be the same for all examples.)"
+                f"got {jnp.shape(self.variance)}. With microbatches, it has to be the same for all examples."
             ) from None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """Several independent outputs, each with its own distribution: policy and value, interior and boundary of a PDE.
+
+    Outputs and targets are mappings with the same names as the distributions. Every part has its own leading axis and
+    batch size, and the losses add, so that the Fisher matrix is the sum of those of the parts.
+
+    >>> predictive = Joint({"policy": Categorical(), "value": Normal(variance=2.0)})
+    >>> predictive.loss({"policy": logits, "value": values}, {"policy": actions, "value": returns})
+
+    Attributes:
+      distributions: a mapping from names to distributions. The weight of a squared-error term is 1/variance.
+    """
+
+    distributions: Mapping[str, Any]
+
+    def loss(self, outputs: Mapping[str, Any], targets: Mapping[str, Any]) -> jax.Array:
+        """The sum of the losses: a scalar.
+
+        Raises:
+          ValueError: the names of outputs or targets are not those of the distributions.
+        """
+        return weighted_loss(self, unit_weights(self), outputs, targets)
+
+    def sample(self, key: jax.Array, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Targets for every part, each drawn with its own key."""
+        keys = jax.random.split(key, len(self.distributions))
+        parts = zip(self._parts(outputs), keys, strict=True)
+        return {name: predictive.sample(subkey, outputs) for (name, predictive, outputs), subkey in parts}
+
+    def split(self, number: int) -> tuple["Joint", dict[str, Any]]:
+        """The microbatches of every part, and a mapping with the shares of each; see `PredictiveDistribution`."""
+        parts = {name: microbatches.split_predictive(part, number) for name, part in self.distributions.items()}
+        joint = Joint({name: predictive for name, (predictive, _) in parts.items()})
+        return joint, {name: shares for name, (_, shares) in parts.items()}
+
+    def _parts(self, *trees: Any) -> list[tuple[Any, ...]]:
+        """For each part its name, its distribution, and its entry in every tree."""
+        names = set(self.distributions)
+        for tree in trees:
+            if not isinstance(tree, Mapping) or set(tree) != names:
+                got = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+                raise ValueError(f"Joint: expected outputs and targets with the names {sorted(names)}, got {got}.")
+        return [(name, part, *(tree[name] for tree in trees)) for name, part in self.distributions.items()]
+
+
+def check_predictive(name: str, predictive: Any) -> None:
+    """An error for an object that is not a predictive distribution, or a `Joint` with such a part."""
+    example = f"{predictive.__name__}()" if isinstance(predictive, type) else "tnt_optax.Categorical()"
+    methods = [callable(getattr(predictive, method, None)) for method in ("loss", "sample")]
+    if isinstance(predictive, type) or not all(methods):
+        raise TypeError(
+            f"{name}: expected an object with the methods loss(outputs, targets) and sample(key, outputs), such as "
+            f"{example}, got {predictive!r}."
+        )
+    if isinstance(predictive, Joint):
+        if not isinstance(predictive.distributions, Mapping) or not predictive.distributions:
+            raise TypeError(
+                f"{name}: expected Joint to have a mapping from names to distributions, got {predictive!r}."
+            )
+        for part, distribution in predictive.distributions.items():
+            check_predictive(f"{name}[{part!r}]", distribution)
+
+
+def weighted_loss(predictive: Any, weights: Any, outputs: Any, targets: Any) -> jax.Array:
+    """The loss times a weight; of a `Joint`, the sum of the losses of its parts, each times its own weight."""
+    if isinstance(predictive, Joint):
+        losses = [weighted_loss(*part) for _, *part in predictive._parts(weights, outputs, targets)]
+        return jnp.sum(jnp.stack(losses))
+    loss = predictive.loss(outputs, targets)
+    checks.check_scalar("predictive.loss", loss)
+    return jnp.asarray(weights, loss.dtype) * loss
+
+
+def unit_weights(predictive: Any) -> Any:
+    """The weight 1 for `weighted_loss`; of a `Joint`, a mapping with the weights of its parts."""
+    if isinstance(predictive, Joint):
+        return {name: unit_weights(part) for name, part in predictive._parts()}
+    return 1.0
+
+
+def batch_sizes(predictive: Any, outputs: Any) -> Any:
+    """m, the number of independent examples in the loss: a scalar; of a `Joint`, a mapping as of `unit_weights`."""
+    if isinstance(predictive, Joint):
+        return {name: batch_sizes(*part) for name, *part in predictive._parts(outputs)}
+    if hasattr(predictive, "batch_size"):
+        return as_float(predictive.batch_size(outputs))
+    shape = jnp.shape(jax.tree.leaves(outputs)[0])
+    return as_float(shape[0] if shape else 1)
 
 
 def _at_least_float32(outputs: jax.Array) -> jax.Array:
     if not hasattr(outputs, "dtype"):
         raise TypeError(
-            f"outputs: expected an array, got {type(outputs).__name__}. Does `forward` return (outputs, aux)? Then say "
+            f"outputs: expected an array, got {type(outputs).__name__}. If `forward` returns (outputs, aux), pass "
             f"has_aux=True."
         )
     return outputs.astype(float32_or_better(outputs))

@@ -1,11 +1,11 @@
-"""Parameters on a mesh of devices: how their factors lie on it, and which device inverts which of them.
+"""Meshes of devices: how the factors are sharded, and which device inverts which of them.
 
-All of it is annotations for JAX's own partitioner: without a mesh they say nothing, and the program is the same.
+Everything here only annotates arrays for JAX's own partitioner. Without a mesh it has no effect.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -14,65 +14,62 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tnt_optax.modes import Modes
+from tnt_optax.views import TensorView
 
 AxisNames = str | tuple[str, ...]
 
 
-def zeros_beside(x: Any, view: Modes, mode: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A factor of a mode of the parameter `x`, all zero: of shape (*batch, d, d) or (*batch, d), on the devices of `x`.
+def init_factors(x: Any, view: TensorView, shapes: Sequence[tuple[int, ...]], dtype: Any) -> tuple[jax.Array, ...]:
+    """Zeros of the given shapes, (*batch, d, d) or (*batch, d) for each mode of `x`, on the devices of `x`.
 
-    Its rows are divided as the mode's axis is, its columns over the mesh axes that divide the other modes, as far as
-    these divide d evenly: so it is spread over as many devices as the parameter. Stacking axes lie as in `x`. What is
-    not known (how a traced array lies on a mesh whose axes are Auto) is left to JAX.
+    Rows are divided as the mode's axis is, columns over the mesh axes that divide the other modes, as far as these
+    divide d evenly: so a factor is spread over as many devices as the parameter. Batch axes are sharded as in `x`. What
+    is not known (the sharding of a traced array on a mesh with Auto axes) is left to JAX.
     """
-    sharding = _sharding(x)
-    if not isinstance(sharding, NamedSharding):
-        return jnp.zeros(shape, dtype)
-    axes = [_names(entry) for entry in (*sharding.spec, *[None] * len(x.shape))[: len(x.shape)]]
-    of_modes = [tuple(name for axis in group for name in axes[axis]) for group in view.groups] or [()]
-    columns: tuple[str, ...] = ()
-    for name in (name for other, names in enumerate(of_modes) if other != mode for name in names):
-        if shape[-1] % math.prod(sharding.mesh.shape[one] for one in (*columns, name)) == 0:
-            columns += (name,)
-    entries = [*(axes[axis] for axis in view.batch), of_modes[mode], columns][: len(shape)]
-    spec = PartitionSpec(*(entry or None for entry in entries))
-    return jnp.zeros(shape, dtype, device=NamedSharding(sharding.mesh, spec))
+    mesh, axes = _mesh_axes(x)
+    of_modes = [sum((axes[axis] for axis in mode), ()) for mode in view.modes] or [()]
+    arrays = []
+    for mode, shape in enumerate(shapes):
+        columns: tuple[str, ...] = ()
+        for name in sum((names for other, names in enumerate(of_modes) if other != mode), ()):
+            if shape[-1] % _devices(mesh, (*columns, name)) == 0:
+                columns += (name,)
+        entries = [*(axes[axis] for axis in view.batch_axes), of_modes[mode], columns][: len(shape)]
+        spec = PartitionSpec(*(entry or None for entry in entries))
+        arrays.append(jnp.zeros(shape, dtype, device=mesh and NamedSharding(mesh, spec)))
+    return tuple(arrays)
 
 
-def check_modes(where: str, x: Any, view: Modes) -> None:
+def check_view(where: str, x: Any, view: TensorView) -> None:
     """An error for a mode that merges a sharded axis behind another, which would leave its parts on wrong devices."""
-    sharding = _sharding(x)
-    if not isinstance(sharding, NamedSharding):
-        return
-    for group in view.groups:
-        longer = [axis for axis in group if x.shape[axis] > 1]
+    mesh, axes = _mesh_axes(x)
+    for mode in view.modes:
+        longer = [axis for axis in mode if x.shape[axis] > 1]
         for axis in longer[1:]:
-            names = _names(sharding.spec[axis]) if axis < len(sharding.spec) else ()
-            if math.prod(sharding.mesh.shape[name] for name in names) > 1:
+            if _devices(mesh, axes[axis]) > 1:
                 raise ValueError(
-                    f"{where}: the mode {group} merges axis {axis}, which is divided over the mesh axis "
-                    f"{sharding.spec[axis]!r}, behind axis {longer[0]}, and the merged axis cannot be divided so. Make "
-                    f"it the first of its group, or a mode or a batch axis of its own, or shard another axis."
+                    f"{where}: the mode {mode} merges axis {axis}, which is divided over the mesh axes {axes[axis]}, "
+                    f"behind axis {longer[0]}, and a merged axis cannot be divided like this. Make it the first of its "
+                    f"mode, or a mode or a batch axis of its own, or shard another axis."
                 )
 
 
 def check_axis(axis: AxisNames) -> None:
-    """An error for a `refresh_axis` that the mesh in context has not."""
+    """An error for an `inverse_axis` that is not an axis of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     for name in _names(axis):
         if name not in mesh.axis_names:
             has = f"has the axes {mesh.axis_names}" if mesh.axis_names else "has none: call it under jax.set_mesh(mesh)"
-            raise ValueError(f"refresh_axis: expected an axis of the mesh in context, got {name!r}; the mesh {has}.")
+            raise ValueError(f"inverse_axis: expected an axis of the current mesh, got {name!r}; the mesh {has}.")
 
 
-def keeping(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
-    """`function`, partitioned by the compiler, whose results lie on the mesh as the arrays of `like` do.
+def with_shardings_like(like: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, partitioned by the compiler, with results sharded as the arrays of `like`.
 
-    Where the axes of the mesh are Explicit, JAX would else ask at every product how its result is to be divided.
+    Where the axes of the mesh are Explicit, JAX would otherwise ask at every product how to shard its result.
 
     Raises:
-      ValueError: `like` lies on a mesh with Explicit axes, but no mesh is in context.
+      ValueError: `like` is sharded over Explicit axes, but there is no current mesh.
     """
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
     if explicit := _explicit_axes(jax.sharding.get_abstract_mesh()):
@@ -82,72 +79,79 @@ def keeping(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
     for one in jax.tree.leaves(shardings):
         if _explicit_axes(one.mesh):
             raise ValueError(
-                f"state: expected, on a mesh with the Explicit axes {_explicit_axes(one.mesh)}, a mesh in context, got "
-                f"none: call it under jax.set_mesh(mesh)."
+                f"state: expected a current mesh, because the state is sharded over the Explicit axes "
+                f"{_explicit_axes(one.mesh)}, got none: call it under jax.set_mesh(mesh)."
             )
     return function
 
 
-def everywhere(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, partitioned by the compiler, whose results are on every device of the mesh in context."""
+def replicated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, partitioned by the compiler, with results on every device of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if explicit := _explicit_axes(mesh):
         function = jax.sharding.auto_axes(function, axes=explicit, out_sharding=PartitionSpec())
     if AxisType.Auto not in mesh.axis_types:
         return function
-    return lambda *args: _replicated(function(*args))
+    return lambda *args: _replicate(function(*args))
 
 
-@jax.jit  # Which also takes arrays that were made before the mesh.
-def _replicated(tree: Any) -> Any:
+@jax.jit  # Under jit, arrays that were made before the mesh are accepted too.
+def _replicate(tree: Any) -> Any:
     return lax.with_sharding_constraint(tree, PartitionSpec())
 
 
-def over_devices(
-    function: Callable[..., jax.Array], stacks: Sequence[Any], costs: Sequence[float], axis: AxisNames | None
-) -> list[jax.Array]:
-    """[function(*stack) for stack in stacks], the work being divided over the devices of a mesh axis.
+class Task(NamedTuple):
+    """A function of a stack of matrices that treats each of them alone, and its cost.
+
+    Attributes:
+      function: takes an array with a leading axis, and returns an array or a tree of arrays with the same leading axis.
+      stack: the array.
+      cost: of one matrix of the stack.
+    """
+
+    function: Callable[[jax.Array], Any]
+    stack: jax.Array
+    cost: float
+
+
+def distribute(tasks: Sequence[Task], axis: AxisNames | None) -> list[Any]:
+    """[task.function(task.stack) for task in tasks], with the work divided over the devices of a mesh axis.
 
     Args:
-      function: of arrays with a common leading axis; gives an array like the first of them, each slice of it made from
-        the slices of the others alone.
-      stacks: the tuples of arrays.
-      costs: of one slice of each stack.
-      axis: the mesh axis, or several; None: every device does everything.
+      tasks: if `axis` is not None, their results must have the shapes of their stacks.
+      axis: the mesh axis, or several; None: every device does all the work.
     """
     if axis is None:
-        return [function(*stack) for stack in stacks]
+        return [task.function(task.stack) for task in tasks]
     check_axis(axis)
-    mesh = jax.sharding.get_abstract_mesh()
-    shares = equal_shares(
-        [len(stack[0]) for stack in stacks], costs, math.prod(mesh.shape[name] for name in _names(axis))
-    )
-    # Devices whose shares have the same sizes run the same branch, so that a large mesh needs few of them.
+    counts, costs = [len(task.stack) for task in tasks], [task.cost for task in tasks]
+    shares = equal_shares(counts, costs, _devices(jax.sharding.get_abstract_mesh(), axis))
+    # Devices whose shares have the same sizes run the same branch, so that a large mesh needs few branches.
     sizes = [tuple(map(len, share)) for share in shares]
     branches = sorted(set(sizes))
     branch_of = np.asarray([branches.index(size) for size in sizes])
-    members = [_padded([share[index] for share in shares]) for index in range(len(stacks))]
+    members = [_padded([share[index] for share in shares]) for index in range(len(tasks))]
 
-    def on_one_device(stacks: Sequence[Any]) -> list[jax.Array]:
+    def on_one_device(stacks: list[jax.Array]) -> list[jax.Array]:
         device = lax.axis_index(axis)
 
         def of_share(size: tuple[int, ...]) -> list[jax.Array]:
             results = []
-            for stack, table, number in zip(stacks, members, size, strict=True):
-                result = jnp.zeros_like(stack[0])
-                if number:
-                    mine = jnp.asarray(table)[device, :number]
-                    result = result.at[mine].set(function(*(x[mine] for x in stack)))
+            for task, stack, table, count in zip(tasks, stacks, members, size, strict=True):
+                result = jnp.zeros_like(stack)
+                if count:
+                    mine = jnp.asarray(table)[device, :count]
+                    result = result.at[mine].set(task.function(stack[mine]))
                 results.append(result)
             return results
 
         runs = [lambda size=size: of_share(size) for size in branches]
-        # Where a device has nothing it adds 0: the sum gives every device the results of all.
+        # Each device leaves 0 where it has no share: the sum gives every device all results.
         return lax.psum(lax.switch(jnp.asarray(branch_of)[device], runs), axis)
 
-    replicated = PartitionSpec()
-    divided = jax.shard_map(on_one_device, in_specs=replicated, out_specs=replicated, check_vma=False)
-    return divided(list(stacks))
+    everywhere = PartitionSpec()
+    divided = jax.shard_map(on_one_device, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    return divided([task.stack for task in tasks])
 
 
 def equal_shares(counts: Sequence[int], costs: Sequence[float], number: int) -> list[list[list[int]]]:
@@ -178,9 +182,17 @@ def _explicit_axes(mesh: Any) -> tuple[str, ...]:
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
-def _sharding(x: Any) -> Any:
-    """Of an array or a `jax.ShapeDtypeStruct`; of a traced array what its type says."""
-    return jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+def _mesh_axes(x: Any) -> tuple[Any, list[tuple[str, ...]]]:
+    """The mesh of an array or a `jax.ShapeDtypeStruct`, None if not known, and the mesh axes that divide each axis."""
+    # For a traced array, the sharding of its type.
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None, [()] * len(x.shape)
+    return sharding.mesh, [_names(entry) for entry in (*sharding.spec, *[None] * len(x.shape))[: len(x.shape)]]
+
+
+def _devices(mesh: Any, axis: AxisNames) -> int:
+    return math.prod(mesh.shape[name] for name in _names(axis))
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tnt_optax
-from tnt_optax import Modes, factors, sharding
-from tnt_optax.modes import default_modes
+from tnt_optax import TensorView, phases, sharding
+from tnt_optax.blocks import describe
 
 BOTH = ("data", "model")
 SPECS = {
@@ -34,7 +34,7 @@ def mesh(request):
 
 
 def stacked(path, shape):
-    return Modes(((1,), (2,)), batch=(0,)) if len(shape) == 3 else None
+    return TensorView(((1,), (2,)), batch_axes=(0,)) if len(shape) == 3 else None
 
 
 def data_and_params():
@@ -48,7 +48,7 @@ def data_and_params():
 
 
 def trained(
-    params, inputs, labels, *, steps=6, gather=lambda w: w, refresh_axis=None, warm_start=False, keep=True, parts=1
+    params, inputs, labels, *, steps=6, gather=lambda w: w, inverse_axis=None, warm_start=False, keep=True, parts=1
 ):
     """Parameters, state and updates after some steps, and the initial state."""
 
@@ -56,17 +56,15 @@ def trained(
         x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ gather(w)), None), x, params["layers"])
         return x @ gather(params["out"]) + gather(params["bias"])
 
-    value_and_grads = tnt_optax.value_and_sampled_grad(
-        forward, tnt_optax.Categorical(), scale="fisher", microbatches=parts
-    )
+    value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical(), microbatches=parts)
     tx = tnt_optax.tnt(
         0.1,
         damping=0.1,
         statistics_period=2,
         inverse_period=4,
         trust_radius=0.3,
-        modes=stacked,
-        refresh_axis=refresh_axis,
+        views=stacked,
+        inverse_axis=inverse_axis,
     )
     initial = state = tx.init(params)
     if warm_start:
@@ -102,16 +100,16 @@ def put(tree, mesh, specs):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
-@pytest.mark.parametrize("refresh_axis", [None, BOTH])
+@pytest.mark.parametrize("inverse_axis", [None, BOTH])
 @pytest.mark.parametrize("way", SPECS)
-def test_equals_one_device_and_stays_divided(mesh, way, refresh_axis):
+def test_equals_one_device_and_stays_divided(mesh, way, inverse_axis):
     params, inputs, labels = data_and_params()
     params = put(params, mesh, SPECS[way])
     new_params, state, updates, initial = trained(
         params,
         *put((inputs, labels), mesh, (P("data"), P("data"))),
         gather=gather_on(mesh),
-        refresh_axis=refresh_axis,
+        inverse_axis=inverse_axis,
         # Only with Auto axes and arrays that lie in several ways XLA has to be told, and then this can't fail.
         keep=mesh.axis_types[0] == AxisType.Auto and way == "tensor parallel",
     )
@@ -137,7 +135,7 @@ def test_warm_start_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     params = put(params, mesh, SPECS["FSDP"])
     data = put((inputs, labels), mesh, (P("data"), P("data")))
-    ours = trained(params, *data, gather=gather_on(mesh), refresh_axis="data", warm_start=True)
+    ours = trained(params, *data, gather=gather_on(mesh), inverse_axis="data", warm_start=True)
     expected = on_one_device(warm_start=True)
     for x, y in zip(jax.tree.leaves(ours[:2]), jax.tree.leaves(expected[:2]), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
@@ -151,7 +149,7 @@ def test_diagnostics_on_a_mesh(mesh):
         gather=gather_on(mesh),
     )[1]
     grads = state[0].momentum
-    read = jax.jit(lambda state, g: tnt_optax.diagnostics(state, damping=0.1, grads=g, updates=g))
+    read = jax.jit(lambda state, g: tnt_optax.diagnostics(state, grads=g, updates=g))
     ours, expected = read(state, grads), read(on_one_device()[1], on_one_device()[1][0].momentum)
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
@@ -163,12 +161,12 @@ def test_diagnostics_on_a_mesh(mesh):
 
 @pytest.mark.parametrize("jitted", [False, True])
 def test_diagnostics_of_a_divided_stack_are_on_every_device(mesh, jitted):
-    tx = tnt_optax.tnt(0.1, modes=stacked)
+    tx = tnt_optax.tnt(0.1, views=stacked)
     with jax.set_mesh(None):  # The counters are on no mesh.
         state = tx.init(jax.device_put(jnp.ones((8, 4, 6)), NamedSharding(mesh, P("data"))))
     assert not state[0].contractions[0].sharding.is_fully_replicated
-    read = functools.partial(tnt_optax.diagnostics, damping=0.1)
-    for name, value in (jax.jit(read) if jitted else read)(state).items():
+    read = jax.jit(tnt_optax.diagnostics) if jitted else tnt_optax.diagnostics
+    for name, value in read(state).items():
         assert value.sharding.is_fully_replicated, name
 
 
@@ -194,12 +192,12 @@ def test_microbatches_on_a_mesh(mesh):
 def test_each_device_computes_its_share_of_the_inverses():
     # No two of one length, because XLA counts the body of a loop over equal ones once.
     dims = [(d, d + 8) for d in range(128, 256, 16)]
-    views = [default_modes(shape) for shape in dims]
+    blocks = [describe(jax.ShapeDtypeStruct(shape, jnp.float32), None, 1000) for shape in dims]
     matrices = [tuple(jax.ShapeDtypeStruct((d, d), jnp.float32) for d in shape) for shape in dims]
     damping = jax.ShapeDtypeStruct((), jnp.float32)
 
     def flops(axis):
-        invert = functools.partial(factors.damped_inverses, views, axis=axis)
+        invert = functools.partial(phases.damped_inverses, blocks, axis=axis)
         return jax.jit(invert).lower(matrices, damping).compile().cost_analysis()["flops"]
 
     with jax.set_mesh(mesh_of(AxisType.Auto)):
@@ -227,16 +225,16 @@ def test_errors():
     params, *_ = data_and_params()
     grads = jax.tree.map(jnp.zeros_like, params)
     for axis in ("layers", ("data", "layers")):
-        tx = tnt_optax.tnt(0.1, refresh_axis=axis, fisher="empirical")
-        with jax.set_mesh(mesh_of(AxisType.Auto)), pytest.raises(ValueError, match=r"refresh_axis: .*'layers'.*'data'"):
+        tx = tnt_optax.tnt(0.1, inverse_axis=axis, fisher="empirical")
+        with jax.set_mesh(mesh_of(AxisType.Auto)), pytest.raises(ValueError, match=r"inverse_axis: .*'layers'.*'data'"):
             tx.update(grads, tx.init(params), params)
-    with pytest.raises(ValueError, match=r"refresh_axis: .*has none: call it under jax.set_mesh"):
+    with pytest.raises(ValueError, match=r"inverse_axis: .*has none: call it under jax.set_mesh"):
         tx.update(grads, tx.init(params), params)
     for wrong in (0, ("data", 1), ()):
-        with pytest.raises(TypeError, match="refresh_axis: expected None, the name of a mesh axis"):
-            tnt_optax.tnt(0.1, refresh_axis=wrong)
-    with pytest.raises(ValueError, match=r"refresh_axis: expected each mesh axis once, got \('data', 'data'\)"):
-        tnt_optax.tnt(0.1, refresh_axis=("data", "data"))
+        with pytest.raises(TypeError, match="inverse_axis: expected None, the name of an axis"):
+            tnt_optax.tnt(0.1, inverse_axis=wrong)
+    with pytest.raises(ValueError, match=r"inverse_axis: expected each axis once, got \('data', 'data'\)"):
+        tnt_optax.tnt(0.1, inverse_axis=("data", "data"))
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -250,7 +248,7 @@ def test_explicit_axes_without_a_mesh_in_context_are_an_error(jitted):
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_a_sharded_axis_merged_behind_another_is_an_error(mesh, traced):
-    tx = tnt_optax.tnt(0.1, modes=lambda path, shape: Modes(((0, 1), (2,))))
+    tx = tnt_optax.tnt(0.1, views=lambda path, shape: TensorView(((0, 1), (2,))))
 
     def with_spec(*spec, shape=(8, 4, 16)):
         x = {"kernel": jax.device_put(jnp.zeros(shape), NamedSharding(mesh, P(*spec)))}
@@ -259,7 +257,7 @@ def test_a_sharded_axis_merged_behind_another_is_an_error(mesh, traced):
     if traced and mesh.axis_types[0] == AxisType.Auto:
         with_spec(None, "data")  # Not known while tracing, and so the compiler moves it.
     else:
-        with pytest.raises(ValueError, match=r"modes for params\['kernel'\]: .* merges axis 1.*'data'"):
+        with pytest.raises(ValueError, match=r"views for params\['kernel'\]: .* merges axis 1.*'data'"):
             with_spec(None, "data")
     with_spec("data", None, "model")  # A block of the first axis is a block of the merged one.
     with_spec(None, "data", shape=(1, 4, 16))
@@ -267,7 +265,7 @@ def test_a_sharded_axis_merged_behind_another_is_an_error(mesh, traced):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_an_axis_divided_into_one_part_may_be_merged(kind):
-    tx = tnt_optax.tnt(0.1, damping=1.0, modes=lambda path, shape: Modes(((0, 1), (2,))), fisher="empirical")
+    tx = tnt_optax.tnt(0.1, damping=1.0, views=lambda path, shape: TensorView(((0, 1), (2,))), fisher="empirical")
     mesh, kernel = jax.make_mesh((8, 1), BOTH, axis_types=(kind, kind)), jnp.sin(jnp.arange(64.0)).reshape(8, 4, 2)
     expected, _ = tx.update(kernel, tx.init(kernel), kernel)
     with jax.set_mesh(mesh):
@@ -279,15 +277,15 @@ def test_an_axis_divided_into_one_part_may_be_merged(kind):
 def test_a_state_of_other_modes_is_an_error():
     params = {"kernel": jnp.ones((3, 4, 5))}
     state = tnt_optax.tnt(0.1).init(params)
-    for modes in (lambda *_: Modes(((0, 1), (2,))), lambda *_: Modes(((1,), (2,)), batch=(0,))):
-        tx = tnt_optax.tnt(0.1, modes=modes, fisher="empirical")
-        with pytest.raises(ValueError, match=r"state: .*\['kernel'\].*other `modes`"):
+    for modes in (lambda *_: TensorView(((0, 1), (2,))), lambda *_: TensorView(((1,), (2,)), batch_axes=(0,))):
+        tx = tnt_optax.tnt(0.1, views=modes, fisher="empirical")
+        with pytest.raises(ValueError, match=r"state: .*\['kernel'\].*other `views`"):
             tx.update(params, state, params)
 
 
 def test_devices_with_equal_shares_run_one_program():
     def run(x):
-        return sharding.over_devices(jnp.tanh, [(x,)], [1.0], BOTH)[0]
+        return sharding.distribute([sharding.Task(jnp.tanh, x, 1.0)], BOTH)[0]
 
     x = jnp.linspace(0, 1, 24).reshape(12, 2)  # Four devices have two slices each, four have one.
     with jax.set_mesh(mesh_of(AxisType.Auto)):

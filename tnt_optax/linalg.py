@@ -1,4 +1,4 @@
-"""The inverse and the eigenvalues of a symmetric matrix, alone and stacked."""
+"""Inverse and eigenvalues of a symmetric matrix, or of a stack of matrices under `jax.vmap`."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,12 @@ _BLOCK = 256  # Triangular matrices up to this size are inverted by LAPACK (or i
 
 @jax.custom_jvp
 def inverse(matrix: jax.Array) -> jax.Array:
-    """The inverse of a symmetric positive definite matrix (d, d); all NaN where it is not positive definite.
+    """The inverse of a symmetric positive definite matrix (d, d); NaN where the matrix is not positive definite.
 
     `jax.vmap` makes it the inverse of a stack: see `_one_by_one_on_cpu`.
     """
+    if len(matrix) == 1:  # A stack of numbers needs no call of LAPACK for each of them.
+        return jnp.where(matrix > 0, 1 / matrix, jnp.nan)
     return _inverse(matrix)
 
 
@@ -33,15 +35,15 @@ def _by_cholesky(matrix: jax.Array) -> jax.Array:
 
 
 def eigenvalues(matrix: jax.Array) -> jax.Array:
-    """The eigenvalues (d,) of a symmetric matrix (d, d), the smallest first; stacked like `inverse`."""
-    return _eigenvalues(matrix)
+    """The eigenvalues (d,) of a symmetric matrix (d, d), in ascending order; stacked like `inverse`."""
+    return matrix[0] if len(matrix) == 1 else _eigenvalues(matrix)
 
 
 def _one_by_one_on_cpu(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """`function` of a matrix, such that `jax.vmap` applies it one by one on CPU, and side by side elsewhere.
+    """`function` of a matrix. Under `jax.vmap`, a loop over the stack on CPU, and a batched call elsewhere.
 
-    Batched LAPACK calls of several sizes in one program can deadlock XLA's CPU backend, so there one matrix follows the
-    other, also under a `vmap` of the user's.
+    Batched LAPACK calls of several sizes in one program can deadlock XLA's CPU backend, also under a `vmap` of the
+    user's, so there the matrices go through `function` one by one.
     """
     alone = custom_vmap(function)
 
@@ -55,7 +57,7 @@ def _one_by_one_on_cpu(function: Callable[[jax.Array], jax.Array]) -> Callable[[
 
 
 def _from_factor(upper: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """R^-1 and R^-1 R^-T of a triangular R, for the most part by matrix products, which are the faster."""
+    """R^-1 and R^-1 R^-T of a triangular R, mostly by matrix products, which are faster than triangular solves."""
     d = len(upper)
     if d <= _BLOCK:
         eye = jnp.eye(d, dtype=upper.dtype)

@@ -1,4 +1,4 @@
-"""Views of parameters as tensors: against NumPy's transposition and reshaping, and hand-made Modes."""
+"""Views of parameters as tensors: against NumPy's transposition and reshaping, and views made by hand."""
 
 import functools
 
@@ -11,8 +11,13 @@ import pytest
 from flax import nnx
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
-from tnt_optax import Modes, flax_modes, tnt
-from tnt_optax.modes import batch_shape, default_modes, from_tensor, mode_dims, resolve, to_tensor
+from tnt_optax import TensorView, flax_views, tnt
+from tnt_optax.blocks import describe
+from tnt_optax.views import default_view, resolve_view
+
+
+def block_of(view, shape):
+    return describe(jnp.zeros(shape), lambda path, shape: view, 100)
 
 
 @pytest.mark.parametrize(
@@ -28,61 +33,69 @@ from tnt_optax.modes import batch_shape, default_modes, from_tensor, mode_dims, 
     ],
 )
 def test_default_view(shape, dims):
-    assert mode_dims(default_modes(shape), shape) == dims
-    assert batch_shape(default_modes(shape), shape) == ()
+    block = block_of(None, shape)
+    assert block.dims == dims
+    assert block.batch_shape == ()
 
 
 @pytest.mark.parametrize(
-    ("modes", "expected"),
+    ("view", "expected"),
     [
-        (Modes(((0,), (1,), (2,), (3,))), lambda x: x),
-        (Modes(((3, 0), (2, 1))), lambda x: x.transpose(3, 0, 2, 1).reshape(5 * 2, 4 * 3)),
-        (Modes(((1, 2), (3,)), batch=(0,)), lambda x: x.reshape(2, 12, 5)),
-        (Modes(((-1,),), batch=(2, 0, 1)), lambda x: x.transpose(2, 0, 1, 3)),
-        (Modes((), batch=(0, 1, 2, 3)), lambda x: x[..., None]),
+        (TensorView(((0,), (1,), (2,), (3,))), lambda x: x),
+        (TensorView(((3, 0), (2, 1))), lambda x: x.transpose(3, 0, 2, 1).reshape(5 * 2, 4 * 3)),
+        (TensorView(((1, 2), (3,)), batch_axes=(0,)), lambda x: x.reshape(2, 12, 5)),
+        (TensorView(((-1,),), batch_axes=(2, 0, 1)), lambda x: x.transpose(2, 0, 1, 3)),
+        (TensorView((), batch_axes=(0, 1, 2, 3)), lambda x: x[..., None]),
     ],
 )
-def test_views_and_back(modes, expected):
+def test_views_and_back(view, expected):
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
-    resolved = resolve(lambda path, shape: modes, (), x.shape)
-    tensor = to_tensor(jnp.asarray(x), resolved)
+    block = block_of(view, x.shape)
+    tensor = block.to_tensor(jnp.asarray(x))
     np.testing.assert_array_equal(tensor, expected(x))  # A view moves numbers, and computes none.
-    chex.assert_shape(tensor, batch_shape(resolved, x.shape) + mode_dims(resolved, x.shape))
-    np.testing.assert_array_equal(from_tensor(tensor, resolved, x.shape), x)
+    chex.assert_shape(tensor, block.batch_shape + block.dims)
+    np.testing.assert_array_equal(block.from_tensor(tensor), x)
 
 
-def test_modes_function_gets_path_and_shape_and_none_is_the_default():
+def test_the_function_gets_path_and_shape_and_none_is_the_default():
     seen = []
 
-    def modes(path, shape):
+    def views(path, shape):
         seen.append((path, shape))
 
-    assert resolve(modes, ("here",), (2, 3)) == default_modes((2, 3))
+    assert resolve_view(views, ("here",), (2, 3)) == default_view((2, 3))
     assert seen == [(("here",), (2, 3))]
 
 
 @pytest.mark.parametrize(
-    "modes",
+    "view",
     [
-        Modes(((0,),)),  # an axis is missing
-        Modes(((0,), (1,), (2,))),  # there is no such axis
-        Modes(((0,), (0, 1))),  # twice
-        Modes(((0,), (1,)), batch=(1,)),
-        Modes(((0,), (-2,), (1,))),  # -2 is 0
-        Modes(((0, 1), ())),  # an empty group
-        Modes(((0,), (3,))),
+        TensorView(((0,),)),  # an axis is missing
+        TensorView(((0,), (1,), (2,))),  # there is no such axis
+        TensorView(((0,), (0, 1))),  # twice
+        TensorView(((0,), (1,)), batch_axes=(1,)),
+        TensorView(((0,), (-2,), (1,))),  # -2 is 0
+        TensorView(((0, 1), ())),  # an empty mode
+        TensorView(((0,), (3,))),
     ],
 )
-def test_modes_that_do_not_cover_the_axes(modes):
-    with pytest.raises(ValueError, match=r"modes=.*shape \(2, 3\).*exactly once"):
-        resolve(lambda path, shape: modes, (), (2, 3))
+def test_views_that_do_not_name_every_axis_once(view):
+    with pytest.raises(ValueError, match=r"views: TensorView.*shape \(2, 3\).*exactly once"):
+        block_of(view, (2, 3))
 
 
-def test_modes_of_a_wrong_type():
-    with pytest.raises(TypeError, match=r"expected a tnt_optax.Modes or None, got tuple"):
-        resolve(lambda path, shape: ((0,), (1,)), (), (2, 3))
-    with pytest.raises(TypeError, match=r"tuple of tuples of axes"):
-        resolve(lambda path, shape: Modes((0, 1)), (), (2, 3))
+@pytest.mark.parametrize("diagonal", [(2,), (-3,), (0, 5)])
+def test_diagonal_modes_that_do_not_exist(diagonal):
+    with pytest.raises(ValueError, match=r"views: .*diagonal_modes to be indices of its 2 modes, from 0 to 1, got \("):
+        block_of(TensorView(((0,), (1,)), diagonal_modes=diagonal), (2, 3))
+
+
+def test_views_of_a_wrong_type():
+    with pytest.raises(TypeError, match=r"expected a tnt_optax.TensorView or None, got tuple"):
+        block_of(((0,), (1,)), (2, 3))
+    for view in (TensorView((0, 1)), TensorView(((0,), (1,)), diagonal_modes=0), TensorView(((0,), (1,)), ("a",))):
+        with pytest.raises(TypeError, match=r"tuple of tuples of axes"):
+            block_of(view, (2, 3))
 
 
 class LinenBlock(nn.Module):
@@ -149,9 +162,9 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
-def test_flax_modes_of_real_modules(params):
+def test_flax_views_of_real_modules(params):
     params = params()
-    tx = tnt(0.1, modes=flax_modes(stacked=["blocks"]), max_dim=10)
+    tx = tnt(0.1, views=flax_views(stacked=["blocks"]), max_dim=10)
     matrices = jax.tree.structure(params).flatten_up_to(jax.eval_shape(tx.init, params)[0].contractions)
     shapes = {}
     for (path, _), of_one in zip(tree_leaves_with_path(params), matrices, strict=True):
@@ -160,7 +173,7 @@ def test_flax_modes_of_real_modules(params):
     assert shapes == EXPECTED
 
 
-def test_flax_modes_of_a_stacked_layer_are_those_of_the_layer_alone():
+def test_flax_views_of_a_stacked_layer_are_those_of_the_layer_alone():
     # A step of a stack is the steps of its layers.
     rng = np.random.default_rng(0)
     layers = [
@@ -170,11 +183,11 @@ def test_flax_modes_of_a_stacked_layer_are_those_of_the_layer_alone():
     stacked = {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
     @functools.partial(jax.jit, static_argnums=1)
-    def updates(grads, modes):
-        tx = tnt(0.1, damping=0.1, modes=modes, fisher="empirical")
+    def updates(grads, views):
+        tx = tnt(0.1, damping=0.1, views=views, fisher="empirical")
         return tx.update(grads, tx.init(grads), grads)[0]
 
-    together, alone = updates(stacked, flax_modes(("blocks",)))["blocks"], flax_modes()
+    together, alone = updates(stacked, flax_views(("blocks",)))["blocks"], flax_views()
     for i, layer in enumerate(layers):
         # Inverses of float32 matrices with condition numbers of some 100, in another order of operations.
         chex.assert_trees_all_close(
@@ -183,14 +196,14 @@ def test_flax_modes_of_a_stacked_layer_are_those_of_the_layer_alone():
 
 
 @pytest.mark.parametrize("stacked", ["blocks", 3, None, (0,), [("blocks", "attention")]])
-def test_flax_modes_of_what_are_no_names(stacked):
+def test_flax_views_of_what_are_no_names(stacked):
     with pytest.raises(TypeError, match=r"stacked: expected names of modules.*got"):
-        flax_modes(stacked)
+        flax_views(stacked)
 
 
-def test_flax_modes_of_a_stacked_scalar():
+def test_flax_views_of_a_stacked_scalar():
     params = {"blocks": {"temperature": jnp.float32(1)}}
     with pytest.raises(ValueError, match=r"stacked=\('blocks',\).*\['blocks'\]\['temperature'\] of shape \(\)"):
-        tnt(0.1, modes=flax_modes(("blocks",))).init(params)
-    state = tnt(0.1, modes=flax_modes(("blocks",))).init(jax.tree.map(lambda x: x[None], params))
+        tnt(0.1, views=flax_views(("blocks",))).init(params)
+    state = tnt(0.1, views=flax_views(("blocks",))).init(jax.tree.map(lambda x: x[None], params))
     assert [c.shape for c in state[0].contractions["blocks"]["temperature"]] == [(1, 1, 1)]

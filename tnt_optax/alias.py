@@ -1,0 +1,149 @@
+"""Optimizers that are chains of this library's transformations and Optax's own."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tnt_optax import checks, sharding
+from tnt_optax.numerics import all_finite, count_events, evaluate_schedule, widen
+from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule
+from tnt_optax.state import check_state
+from tnt_optax.transform import scale_by_tnt
+from tnt_optax.views import ViewFn
+
+
+def tnt(
+    learning_rate: NumberOrSchedule | None = None,
+    *,
+    damping: NumberOrSchedule = 0.01,
+    statistics_decay: Number = 0.9,
+    momentum: Number | None = 0.9,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    statistics_period: int | jax.Array = 10,
+    inverse_period: int | jax.Array = 100,
+    fisher: Literal["sampled", "empirical"] = "sampled",
+    trust_radius: NumberOrSchedule | None = None,
+    views: ViewFn | None = None,
+    max_dim: int = MAX_DIM,
+    inverse_parts: int | None = None,
+    inverse_axis: sharding.AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Tensor Normal Training (Ren & Goldfarb, 2021; Algorithm 3): W <- W - learning_rate * (p + weight_decay * W).
+
+    p is the momentum, multiplied along each mode of every parameter tensor by the inverse of a factor of its Fisher
+    matrix. The factors are estimated from `sampled_grads`, the gradient for targets sampled from the model, which
+    `value_and_sampled_grad` returns:
+
+    >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
+    >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+
+    Args:
+      learning_rate: alpha; a number, a schedule of the step, or None for the direction p + weight_decay * W alone,
+        neither negated nor scaled, to be chained with `optax.scale_by_schedule` and the like.
+      damping: eps > 0; a number or a schedule of the step. P_i = (U_i + eps I)^-1. It is on the scale of the factors'
+        mean eigenvalue, that is of (trace of the parameter's Fisher matrix / number of its elements)^(1/k). For a dense
+        factor it is at least the dtype's epsilon times the factor's largest absolute row sum.
+      statistics_decay: beta in [0, 1), of the moving averages of the contractions. The first ones are a plain mean, so
+        that no bias correction is needed: C_i <- (1-w) C_i + w G_(i) with w = max(1-beta, 1/(n+1)).
+      momentum: mu in [0, 1): m <- mu m + g, before preconditioning and not dampened. None: no momentum is kept, and the
+        gradient is preconditioned.
+      weight_decay: decoupled (AdamW's) and scaled by the learning rate; needs `params` in `update`.
+      weight_decay_mask: None, or a tree of booleans (or a function of the parameters that returns one) that says which
+        parameters decay, as in `optax.add_decayed_weights`.
+      statistics_period: T1 >= 1, the steps between statistics updates. On all other steps a `sampled_grads` function is
+        not called, so that its backward pass does not run.
+      inverse_period: T2 >= 1, the steps between inverse updates. During the first T2 steps, the inverses are updated
+        after each statistics update.
+      fisher: "sampled", the true Fisher matrix, or "empirical", which uses the gradients themselves (the paper's
+        ablation TNT-EF) and needs no `sampled_grads`.
+      trust_radius: None, or r, a number or a schedule: the step u = -learning_rate * p of all parameters together is
+        shortened where <u, F u>, F being the damped estimated Fisher matrix, exceeds r^2. With `scale="fisher"` of
+        `value_and_sampled_grad` that is twice the KL divergence, per example, between the predictions before and
+        after the step; with "mean", this divided by the batch size. Without a learning rate the bound is on p.
+      views: None, or a function (path, shape) -> `TensorView` or None that says how a parameter is viewed as a tensor.
+        The path is the one that `jax.tree_util.tree_map_with_path` passes. None means the default: one mode for each
+        axis, and with four or more axes all but the last two merged into one (convolution kernels).
+      max_dim: a mode longer than this (an embedding's vocabulary) keeps only the diagonal of its factor. Static: with
+        `optax.inject_hyperparams`, a value of your own has to be in `static_args`.
+      inverse_parts: None: all inverses are updated in the same step, as in the paper. Or a number of parts, of about
+        equal cost, into which the parameters are divided; their updates are spread evenly over the `inverse_period`
+        steps, so that no step is much slower than the others. Static, as `max_dim`.
+      inverse_axis: None, or the name of an axis of the current mesh (`jax.set_mesh`), or a tuple of names. The devices
+        along it divide the inverses of an update among them, by cost, and exchange the results. With None every device
+        computes all of them.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. Its `update` takes `sampled_grads`: a tree like the parameters, or a
+      function without arguments that returns one (such as a `SampledGrad`) and is called inside `jax.lax.cond`; other
+      extra arguments are accepted. Updates have the dtypes of the gradients. The state is a tuple whose first element
+      is a `TNTState`; the others are Optax's, of weight decay and learning rate.
+
+      A step that is not finite gets a zero update and is counted in the state, as are sampled gradients and inverses
+      that are not finite. No parameter is updated before there are statistics.
+
+    Raises:
+      ValueError: a number is out of its range, or `fisher` is unknown. From `init`: a mode merges an axis that is
+        divided over a mesh behind another axis. From `update`: `sampled_grads` is missing, or has another structure or
+        shape than the gradients; the state is of other `views`; `inverse_axis` is not an axis of the current mesh.
+      TypeError: an argument has a wrong type, or (from `init` and `update`) a parameter is not real and floating, or
+        (from `update`) the state is not one of this optimizer.
+    """
+    if learning_rate is not None:
+        checks.check_number("learning_rate", learning_rate, schedule=True)
+    checks.check_number("weight_decay", weight_decay, 0, closed=True)
+    radius = trust_radius
+    if trust_radius is not None and learning_rate is not None:
+        checks.check_number("trust_radius", trust_radius, 0, schedule=True)
+
+        def radius_of_direction(t: Any) -> jax.Array:  # The step is learning_rate times the direction.
+            return evaluate_schedule(trust_radius, t) / jnp.abs(evaluate_schedule(learning_rate, t))
+
+        radius = radius_of_direction
+    # Without decay, `update` works without `params` too.
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    return _guarded(
+        scale_by_tnt(
+            damping=damping,
+            statistics_decay=statistics_decay,
+            momentum=momentum,
+            statistics_period=statistics_period,
+            inverse_period=inverse_period,
+            fisher=fisher,
+            trust_radius=radius,
+            views=views,
+            max_dim=max_dim,
+            inverse_parts=inverse_parts,
+            inverse_axis=inverse_axis,
+        ),
+        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _guarded(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A chain that begins with `scale_by_tnt`, computed in float32 or better, with finite updates.
+
+    A step that overflows behind `scale_by_tnt` (in its last cast, say) is zero, and counted in its state. Where
+    `scale_by_tnt` rejected the step, or has no statistics yet, the whole step is zero, weight decay included.
+    """
+    chain = optax.chain(*transformations)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        before = check_state(state[0] if isinstance(state, tuple) and state else state)
+        checks.check_floating("updates", updates)
+        new_state: Any
+        scaled, new_state = chain.update(widen(updates), state, widen(params), **extra_args)
+        after = new_state[0]
+        scaled = optax.tree.cast_like(scaled, updates)
+        accepted = all_finite(scaled) & (after.rejected_gradients == before.rejected_gradients)
+        after = after._replace(rejected_gradients=count_events(before.rejected_gradients, ~accepted))
+        moves = accepted & (after.statistics_count > 0)
+        return optax.tree.where(moves, scaled, optax.tree.zeros_like(scaled)), (after, *new_state[1:])
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)

@@ -1,0 +1,72 @@
+"""Precision, finiteness and conditionals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+
+def float32_or_better(x: Any) -> Any:
+    """The dtype for computing with `x`: float32 for narrower floats, else its own."""
+    dtype = jnp.result_type(x)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def as_float(x: jax.typing.ArrayLike) -> jax.Array:
+    """A hyper-parameter, which `optax.inject_hyperparams` may give as an array of any dtype, in float32 or better."""
+    return jnp.asarray(x, jnp.result_type(float))
+
+
+def as_int32(x: jax.typing.ArrayLike) -> jax.Array:
+    """A period, for comparison with the state's counters."""
+    return jnp.asarray(x, jnp.int32)
+
+
+def evaluate_schedule(value: Any, count: jax.Array) -> jax.Array:
+    """The value of a number or of a schedule at step `count`, in float32 or better."""
+    number: Any = value(count) if callable(value) else value
+    return as_float(number)
+
+
+def widen(tree: Any) -> Any:
+    """`tree` with its floating-point arrays in float32 or better."""
+    return jax.tree.map(lambda x: x.astype(float32_or_better(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every element of a tree is finite: a boolean scalar."""
+    # One pass without an intermediate array; the maximum of NaN and anything is NaN. The results are stacked before
+    # they are tested, because XLA would otherwise duplicate all reductions into every consumer of the answer.
+    largest = [as_float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.isfinite(jnp.stack([as_float(0.0), *largest])))
+
+
+def count_events(count: jax.Array, events: jax.Array) -> jax.Array:
+    """An int32 counter, increased by the number of events that are True."""
+    return count + jnp.sum(events, dtype=jnp.int32)
+
+
+def cond(predicate: bool | jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """`jax.lax.cond` that stays a conditional under `jax.vmap`, where JAX would compute both branches at every step.
+
+    Under `vmap`, `if_true` runs where `predicate` holds for any element of the batch, so it has to select by
+    `predicate` itself. A predicate that is known while tracing needs no conditional.
+    """
+    if not isinstance(predicate, jax.core.Tracer):
+        return if_true() if predicate else if_false()
+    return lax.cond(_any_in_batch(predicate), if_true, if_false)
+
+
+@custom_vmap
+def _any_in_batch(predicate: jax.Array) -> jax.Array:
+    return predicate
+
+
+@_any_in_batch.def_vmap
+def _(axis_size: int, in_batched: list[bool], predicate: jax.Array) -> tuple[jax.Array, bool]:
+    del axis_size, in_batched
+    return _any_in_batch(jnp.any(predicate, axis=0)), False  # The same for the whole batch.

@@ -1,0 +1,156 @@
+"""The optimizer's state, its checks, and how to find it inside the states of wrappers."""
+
+import collections
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import KeyPath, keystr
+
+from tnt_optax import checks
+from tnt_optax.blocks import Block
+from tnt_optax.factors import Dense, Diagonal
+from tnt_optax.views import TensorView
+
+
+class TNTState(NamedTuple):
+    """The state of `scale_by_tnt`: everything that it knows between two steps.
+
+    Trees like the parameters are in float32 (float64 for float64 parameters). Counters are int32 scalars.
+
+    Attributes:
+      count: t, the number of updates.
+      statistics_count: n, the number of sampled gradients that the contractions have absorbed.
+      momentum: a tree like the parameters, m. None with `momentum=None`.
+      contractions: a tree like the parameters that holds, for each of them, a tuple with one array per mode: the moving
+        average C_i of G_(i), of shape (*batch, d_i, d_i), or (*batch, d_i) for a diagonal mode.
+      inverses: the same for the cached P_i = (U_i + damping I)^-1. Zeros before the first inverse update.
+      damping: float scalar, eps at the last inverse update (before the first: at step 0).
+      refreshed_at: a tree like the parameters that holds int32 arrays of the shape of the batch axes (scalars, without
+        batch axes): the count t at which the inverses were last updated. -1 before the first update.
+      bounded_steps: the number of steps that the trust radius shortened.
+      rejected_gradients: the number of steps whose gradient, direction or update was not finite: their update was zero,
+        and the momentum kept its value.
+      rejected_sampled_gradients: the number of sampled gradients that were not finite, and therefore not absorbed.
+      rejected_inverses: the number of inverse updates of single parameters (of single tensors of a stack) that were not
+        finite: the parameter kept its inverses.
+    """
+
+    count: jax.Array
+    statistics_count: jax.Array
+    momentum: Any
+    contractions: Any
+    inverses: Any
+    damping: jax.Array
+    refreshed_at: Any
+    bounded_steps: jax.Array
+    rejected_gradients: jax.Array
+    rejected_sampled_gradients: jax.Array
+    rejected_inverses: jax.Array
+
+
+def init_state(blocks: Any, momentum: Any, contractions: Any, damping: jax.Array) -> TNTState:
+    """The state before the first step, with zero inverses and counters."""
+    inverses = jax.tree.map(jnp.zeros_like, contractions)
+    refreshed_at = jax.tree.map(lambda block: jnp.full(block.batch_shape, -1, jnp.int32), blocks)
+    # An array for each counter, because a state that holds an array twice cannot be donated.
+    t, n, *others = (jnp.zeros([], jnp.int32) for _ in range(6))
+    return TNTState(t, n, momentum, contractions, inverses, damping, refreshed_at, *others)
+
+
+_OTHER_STATE = "Is it the state of another optimizer, or of tnt_optax 0.1, whose states cannot be used any more?"
+
+
+def check_state(state: Any) -> TNTState:
+    """`state`, or an error if it is not a `TNTState`."""
+    if is_tnt_state(state):
+        return state
+    fields = f" with the fields {state._fields}" if hasattr(state, "_fields") else ""
+    raise TypeError(
+        f"state: expected a TNTState with the fields {TNTState._fields}, got {type(state).__name__}{fields}. "
+        f"{_OTHER_STATE} Make a new one with tx.init(params)."
+    )
+
+
+def match_updates(updates: optax.Updates, state: TNTState) -> optax.Updates:
+    """`updates` in the structure of the state's momentum; for the errors, see `checks.match`."""
+    if state.momentum is not None:
+        return checks.match("updates", updates, state.momentum, "the optimizer's state")
+    checks.check_floating("updates", updates)  # `match_factors` compares structure and shapes.
+    return updates
+
+
+def match_factors(blocks: Any, state: TNTState) -> TNTState:
+    """The state with its factors as one tuple for each of the blocks, which form a tree like the updates.
+
+    After a step, flax.nnx.Optimizer holds the tuples as mappings {0: C_1, 1: C_2}; a checkpoint may hold lists.
+
+    Raises:
+      ValueError: the factors are not those of the blocks.
+    """
+    leaves, structure = jax.tree.flatten(blocks)
+
+    def of_field(name: str) -> list[tuple[jax.Array, ...]]:
+        try:
+            arrays = [tuple(jax.tree.leaves(tree)) for tree in structure.flatten_up_to(getattr(state, name))]
+        except (ValueError, TypeError):
+            raise ValueError(f"updates: expected the structure of the optimizer's state, got {structure}.") from None
+        for block, of_block in zip(leaves, arrays, strict=True):
+            expected = (block.batch_shape,) if name == "refreshed_at" else block.factor_shapes
+            if (shapes := tuple(x.shape for x in of_block)) != expected:
+                raise ValueError(
+                    f"state: expected, for the parameter {block.name} of shape {block.shape} viewed by {block.view}, "
+                    f"{name} of the shapes {expected}, got {shapes}. Is it the state of another model, or of other "
+                    f"`views` or another `max_dim`?"
+                )
+        return arrays
+
+    times = [time for (time,) in of_field("refreshed_at")]
+    contractions, inverses = of_field("contractions"), of_field("inverses")
+    fields = ("contractions", contractions), ("inverses", inverses), ("refreshed_at", times)
+    return state._replace(**{name: structure.unflatten(values) for name, values in fields})
+
+
+def describe_state(state: TNTState) -> list[tuple[Block, tuple[jax.Array, ...], jax.Array]]:
+    """What a state alone tells about each parameter: a `Block`, its contractions, and when it was refreshed.
+
+    The names are unique. The view has the batch axes first, and then one axis for each mode.
+    """
+    times, structure = jax.tree.flatten(state.refreshed_at)
+    described = []
+    for name, time, tree in zip(_names(state), times, structure.flatten_up_to(state.contractions), strict=True):
+        arrays, batch = tuple(jax.tree.leaves(tree)), time.ndim
+        shape = (*time.shape, *(x.shape[-1] for x in arrays))
+        view = TensorView(tuple((batch + mode,) for mode in range(len(arrays))), tuple(range(batch)))
+        stored = tuple(Dense() if x.ndim == batch + 2 else Diagonal() for x in arrays)
+        described.append((Block(name, shape, arrays[0].dtype, view, stored), arrays, time))
+    return described
+
+
+def _names(state: TNTState) -> list[str]:
+    """The path of every parameter, such as "dense/kernel"; in full where two would be the same."""
+    # flax.nnx.Optimizer's own state has every array in a box, a variable, which is no part of a parameter's path.
+    ((box, _),) = jax.tree_util.tree_leaves_with_path(state.count)
+    paths = [path[: len(path) - len(box)] for path, _ in jax.tree_util.tree_leaves_with_path(state.refreshed_at)]
+    simple = [keystr(path, simple=True, separator="/") for path in paths]
+    often = collections.Counter(simple)
+    return [keystr(path) if often[name] > 1 else name for path, name in zip(paths, simple, strict=True)]
+
+
+def find_states(opt_state: optax.OptState) -> list[tuple[KeyPath, TNTState]]:
+    """All `TNTState`s in `opt_state` and their paths, whatever they are chained with or wrapped in.
+
+    Raises:
+      ValueError: there is none.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_tnt_state)
+    found = [(path, node) for path, node in nodes if is_tnt_state(node)]
+    if not found:
+        raise ValueError(f"opt_state: expected a TNTState in it, found none. {_OTHER_STATE}")
+    return found
+
+
+def is_tnt_state(node: Any) -> bool:
+    """Whether a node of a tree is a `TNTState`."""
+    return isinstance(node, TNTState)
