@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
 from tnt_optax import TensorView
-from tnt_optax.blocks import describe, equal_parts, map_by_shape
+from tnt_optax.blocks import describe, equal_parts, map_factors
 from tnt_optax.factors import Dense, Diagonal
 
 VIEWS = {
@@ -104,38 +103,34 @@ def test_parts_are_complete_and_in_order(number, shapes):
         assert {len(leaves[part]) for part in parts} <= {math.floor(6 / number), math.ceil(6 / number)}
 
 
-def test_matrices_of_one_shape_go_through_one_call():
-    leaves, matrices = jax.tree.leaves(blocks()), [random_factors()[name] for name in sorted(PARAMS)]
+def test_factors_of_one_shape_go_through_one_call():
+    """The truth is Eq. (5) of each tensor alone, in float64."""
+    leaves, contractions = jax.tree.leaves(blocks()), [random_factors()[name] for name in sorted(PARAMS)]
     calls = []
 
-    def trace_and_inverse(factor, matrix):
+    def read(factor, matrix):
         calls.append((factor, matrix.shape))
-        return {"trace": factor.trace(matrix), "inverse": factor.inverse(matrix, jnp.float32(0.1))}
+        return {"matrix": matrix, "inverse": factor.inverse(matrix, jnp.float32(0.1))}
 
-    results = map_by_shape(trace_and_inverse, leaves, matrices)
+    results = map_factors(read, leaves, contractions)
     # Of dense factors: 2x2 of four parameters, 4x4 of two; of diagonal ones: 6, 4 and 30.
     assert sorted(shape for _, shape in calls) == [(2, 2), (4,), (4, 4), (6,), (30,)]
-    for block, of_block, arrays in zip(leaves, results, matrices, strict=True):
-        for factor, result, array in zip(block.factors, of_block, arrays, strict=True):
-            full = np.asarray(array, float)
-            if isinstance(factor, Diagonal):
-                full = np.vectorize(np.diag, signature="(n)->(n,n)")(full)
-            inverse = np.linalg.inv(full + 0.1 * np.eye(full.shape[-1]))
-            ours = np.asarray(result["inverse"])
-            if isinstance(factor, Diagonal):
-                ours = np.vectorize(np.diag, signature="(n)->(n,n)")(ours)
-            # Condition numbers up to 1e3 in float32.
-            np.testing.assert_allclose(ours, inverse, rtol=1e-3, atol=1e-3)
-            np.testing.assert_allclose(result["trace"], np.trace(full, axis1=-2, axis2=-1), rtol=1e-5)
+    for block, of_block, arrays in zip(leaves, results, contractions, strict=True):
+        for at in np.ndindex(block.batch_shape):
+            for factor, result, c, d in zip(block.factors, of_block, arrays, block.dims, strict=True):
+                matrix = as_matrix(factor, c[at])
+                # All modes of a tensor have one trace; here each has its own, so that each is a tensor of its own.
+                mean_eigenvalue = (np.trace(matrix) / math.prod(block.dims)) ** (1 / len(block.dims))
+                u = matrix * mean_eigenvalue * d / np.trace(matrix)
+                # A handful of roundings in float32, and inverses of condition number up to 1e3.
+                np.testing.assert_allclose(as_matrix(factor, result["matrix"][at]), u, rtol=1e-5)
+                inverse = np.linalg.inv(u + 0.1 * np.eye(d))
+                np.testing.assert_allclose(as_matrix(factor, result["inverse"][at]), inverse, rtol=1e-3, atol=1e-3)
 
 
-def test_normalized_factors_of_a_stack_are_those_of_its_slices():
-    block, arrays = blocks()["stack"], random_factors()["stack"]
-    for at in np.ndindex(5, 3):
-        alone = reference.normalize_factors([np.asarray(x[at], float) for x in arrays])
-        slices = [u[at] for u in block.normalized(arrays)]
-        # Of Eq. (5), each U_i here is of contractions with different traces: the reference takes that of the first.
-        np.testing.assert_allclose(slices[0], alone[0], rtol=1e-5)
+def as_matrix(factor, array):
+    array = np.asarray(array, float)
+    return array if isinstance(factor, Dense) else np.diag(array)
 
 
 def test_to_tensor_and_back():

@@ -1,7 +1,6 @@
 """The static description of the parameters, made once per trace, and the order in which their inverses are updated."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -42,6 +41,11 @@ class Block:
         return tuple(self.shape[axis] for axis in self.view.batch_axes)
 
     @property
+    def tensors(self) -> int:
+        """The number of tensors in the stack."""
+        return math.prod(self.batch_shape)
+
+    @property
     def dims(self) -> tuple[int, ...]:
         """(d_1, ..., d_k), k >= 1: a scalar has the shape (1,)."""
         return tuple(math.prod(self.shape[axis] for axis in mode) for mode in self.view.modes) or (1,)
@@ -55,7 +59,7 @@ class Block:
     def inverse_cost(self) -> float:
         """The number of operations of all its inverses, up to a constant."""
         of_one = sum(factor.inverse_cost(d) for factor, d in zip(self.factors, self.dims, strict=True))
-        return math.prod(self.batch_shape) * of_one
+        return self.tensors * of_one
 
     def to_tensor(self, x: jax.Array) -> jax.Array:
         """The parameter in the shape (*batch_shape, *dims)."""
@@ -71,16 +75,6 @@ class Block:
         for _ in self.view.batch_axes:
             function = jax.vmap(function)
         return function
-
-    def normalized(self, contractions: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Eq. (5) for all modes: the U_i, in the shapes of the C_i."""
-
-        def of_one_tensor(contractions: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            order, size = len(self.dims), max(math.prod(self.dims), 1)
-            pairs = zip(self.factors, contractions, strict=True)
-            return tuple(factors.normalize_factor(factor, c, order, size) for factor, c in pairs)
-
-        return self.over_batch(of_one_tensor)(tuple(contractions))
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -102,56 +96,57 @@ def describe(params: optax.Params, views: ViewFn | None, max_dim: int) -> Any:
     return jax.tree_util.tree_map_with_path(of_one, params)
 
 
-def map_by_shape(
+def map_factors(
     function: Callable[[Factor, jax.Array], Any],
     blocks: Sequence[Block],
-    matrices: Sequence[Sequence[jax.Array]],
+    contractions: Sequence[Sequence[jax.Array]],
     *,
     axis: sharding.AxisNames | None = None,
 ) -> list[tuple[Any, ...]]:
-    """`function(factor, matrix)` for the matrices of all modes of all blocks, those of one shape in one call.
+    """`function(factor, U_i)` for the U_i of Eq. (5) of all modes of all blocks, those of one shape in one call.
 
-    Matrices of one shape are stacked, so that a model of many equal layers compiles as fast as a model of few, and an
+    Factors of one shape are stacked, so that a model of many equal layers compiles as fast as a model of few, and an
     accelerator works on them side by side.
 
     Args:
-      function: of a `Factor` and one matrix of its shape. It returns an array or a tree of arrays.
+      function: of a `Factor` and one array of its shape. It returns a tree of arrays.
       blocks: the parameters.
-      matrices: for each block one array per mode, of `block.factor_shapes`.
-      axis: mesh axes whose devices divide the work by `Factor.inverse_cost`; the results must then be like the
-      matrices.
+      contractions: for each block the C_i of its modes, of `block.factor_shapes`.
+      axis: mesh axes whose devices divide the work by `Factor.inverse_cost`.
 
     Returns:
       For each block a tuple with the result of each mode, whose arrays have the block's batch axes in front.
     """
     modes = [
-        (block, factor, matrix)
-        for block, of_block in zip(blocks, matrices, strict=True)
-        for factor, matrix in zip(block.factors, of_block, strict=True)
+        (block, factor, contraction)
+        for block, of_block in zip(blocks, contractions, strict=True)
+        for factor, contraction in zip(block.factors, of_block, strict=True)
     ]
     groups: dict[Any, list[int]] = {}
-    for index, (_, factor, matrix) in enumerate(modes):
-        groups.setdefault((factor, matrix.shape[-1], matrix.dtype), []).append(index)
+    for index, (_, factor, contraction) in enumerate(modes):
+        groups.setdefault((factor, contraction.shape[-1], contraction.dtype), []).append(index)
 
-    def stack(index: int) -> jax.Array:
-        block, factor, matrix = modes[index]
-        return matrix.reshape(math.prod(block.batch_shape), *factor.shape(matrix.shape[-1]))
+    def task(kind: tuple[Factor, int, Any], members: list[int]) -> sharding.Task:
+        factor, d, dtype = kind
 
-    tasks = [
-        sharding.Task(
-            jax.vmap(functools.partial(function, factor)),
-            jnp.concatenate([stack(index) for index in members]),
-            factor.inverse_cost(d),
-        )
-        for (factor, d, _), members in groups.items()
-    ]
+        def of_one_mode(contraction: jax.Array, order: jax.Array, size: jax.Array) -> Any:
+            return function(factor, factors.normalize_factor(factor, contraction, order, size))
+
+        stacks = [modes[index][2].reshape(modes[index][0].tensors, *factor.shape(d)) for index in members]
+        owners = [block for block, *_ in map(modes.__getitem__, members) for _ in range(block.tensors)]
+        orders = jnp.asarray([len(block.dims) for block in owners], dtype)
+        sizes = jnp.asarray([max(math.prod(block.dims), 1) for block in owners], dtype)
+        return sharding.Task(jax.vmap(of_one_mode), (jnp.concatenate(stacks), orders, sizes), factor.inverse_cost(d))
+
     results: list[Any] = [None] * len(modes)
+    tasks = [task(kind, members) for kind, members in groups.items()]
     for members, of_group in zip(groups.values(), sharding.distribute(tasks, axis), strict=True):
         start = 0
         for index in members:
-            shape = modes[index][0].batch_shape
-            end = start + math.prod(shape)
-            results[index] = jax.tree.map(lambda x, a=start, b=end, s=shape: x[a:b].reshape(*s, *x.shape[1:]), of_group)
+            block, end = modes[index][0], start + modes[index][0].tensors
+            results[index] = jax.tree.map(
+                lambda x, a=start, b=end, shape=block.batch_shape: x[a:b].reshape(*shape, *x.shape[1:]), of_group
+            )
             start = end
     in_order = iter(results)
     return [tuple(next(in_order) for _ in block.factors) for block in blocks]

@@ -9,7 +9,7 @@ import optax
 from jax.tree_util import keystr
 
 from tnt_optax import checks, sharding
-from tnt_optax.blocks import Block, map_by_shape
+from tnt_optax.blocks import Block, map_factors
 from tnt_optax.factors import Factor
 from tnt_optax.numerics import as_float, float32_or_better
 from tnt_optax.state import TNTState, describe_state, find_states
@@ -107,14 +107,13 @@ def _of_the_optimizer(state: TNTState) -> dict[str, jax.Array]:
 
 def _of_the_factors(state: TNTState) -> dict[str, jax.Array]:
     described = [one for one in describe_state(state) if math.prod(one[0].shape)]
-    blocks = [block for block, *_ in described]
-    normalized = [block.normalized(contractions) for block, contractions, _ in described]
+    blocks, contractions = [block for block, *_ in described], [c for _, c, _ in described]
     count, damping, values = _array(state.count), _array(state.damping), {}
 
     def of_factor(factor: Factor, matrix: jax.Array) -> dict[str, jax.Array]:
         return _of_a_factor(factor, matrix, damping.astype(matrix.dtype))
 
-    for (block, _, refreshed_at), modes in zip(described, map_by_shape(of_factor, blocks, normalized), strict=True):
+    for (block, _, refreshed_at), modes in zip(described, map_factors(of_factor, blocks, contractions), strict=True):
         for mode, numbers in enumerate(modes):
             values |= {f"{_prefix(block)}mode_{mode}/{name}": value for name, value in numbers.items()}
         first = jnp.min(refreshed_at)  # Of a stack, the inverses that were updated first.

@@ -86,7 +86,9 @@ class Diagonal:
 Factor = Dense | Diagonal
 
 
-def normalize_factor(factor: Factor, contraction: jax.Array, order: int, size: int) -> jax.Array:
+def normalize_factor(
+    factor: Factor, contraction: jax.Array, order: jax.typing.ArrayLike, size: jax.typing.ArrayLike
+) -> jax.Array:
     """Eq. (5): U_i from C_i, for a tensor with k = `order` modes and prod_j d_j = `size` elements.
 
     All U_i have the mean eigenvalue c0 = (tr C_i / size)^(1/k), and U_1 x ... x U_k is the covariance of the tensor.

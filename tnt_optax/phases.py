@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from tnt_optax import checks, factors, numerics, sharding
-from tnt_optax.blocks import Block, equal_parts, map_by_shape
+from tnt_optax.blocks import Block, equal_parts, map_factors
 from tnt_optax.factors import Factor
 from tnt_optax.numerics import all_finite, as_float, as_int32, cond, count_events
 from tnt_optax.options import Options
@@ -181,35 +181,35 @@ def _average(
 
 def damped_inverses(
     blocks: list[Block], contractions: list[Any], damping: jax.Array, *, axis: sharding.AxisNames | None
-) -> list[tuple[jax.Array, ...]]:
-    """P_i = (U_i + eps I)^-1 for every mode of all blocks, with the work divided over the mesh axis `axis`."""
+) -> list[tuple[tuple[jax.Array, jax.Array], ...]]:
+    """For every mode of all blocks P_i = (U_i + eps I)^-1 and its trace, which is finite only if P_i is.
 
-    def invert(factor: Factor, matrix: jax.Array) -> jax.Array:
-        return factor.inverse(matrix, damping.astype(matrix.dtype))
+    The devices of the mesh axis `axis` divide the work among them.
+    """
 
-    normalized = [block.normalized(c) for block, c in zip(blocks, contractions, strict=True)]
-    return map_by_shape(invert, blocks, normalized, axis=axis)
+    def invert(factor: Factor, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inverse = factor.inverse(matrix, damping.astype(matrix.dtype))
+        # No element of a positive definite matrix exceeds those on its diagonal.
+        return inverse, factor.trace(inverse)
+
+    return map_factors(invert, blocks, contractions, axis=axis)
 
 
 def _refresh_part(
     blocks: list[Block], axis: Any, contractions: list[Any], damping: Any, t: jax.Array, allowed: jax.Array, old: Any
 ) -> tuple[list[Any], list[jax.Array], jax.Array]:
     """`old`, which is (inverses, refreshed_at, rejected), updated where new inverses are allowed and finite."""
-
-    def is_finite(block: Block, matrices: tuple[jax.Array, ...]) -> jax.Array:
-        # No element of a positive definite matrix exceeds those on its diagonal.
-        return all_finite([factor.trace(p) for factor, p in zip(block.factors, matrices, strict=True)])
-
-    inverses, times, rejected = [], [], old[2]
-    new_inverses = damped_inverses(blocks, contractions, damping, axis=axis)
-    for block, new, old_inverses, old_time in zip(blocks, new_inverses, *old[:2], strict=True):
-        finite = block.over_batch(functools.partial(is_finite, block))(new)
-        accepted = finite & allowed
-        per_mode = [jnp.expand_dims(accepted, range(accepted.ndim, p.ndim)) for p in new]
-        inverses.append(tuple(map(jnp.where, per_mode, new, old_inverses)))
+    new = damped_inverses(blocks, contractions, damping, axis=axis)
+    # One number for each tensor. Without the barrier, XLA would compute them again in every consumer.
+    traces = lax.optimization_barrier([sum(trace for _, trace in modes) for modes in new])
+    inverses, times = [], []
+    for modes, trace, old_inverses, old_time in zip(new, traces, *old[:2], strict=True):
+        accepted = jnp.isfinite(trace) & allowed
+        take = [jnp.expand_dims(accepted, range(accepted.ndim, inverse.ndim)) for inverse, _ in modes]
+        inverses.append(tuple(map(jnp.where, take, [inverse for inverse, _ in modes], old_inverses)))
         times.append(jnp.where(accepted, t, old_time))
-        rejected = count_events(rejected, ~finite & allowed)
-    return inverses, times, rejected
+    finite = jnp.isfinite(jnp.concatenate([jnp.ravel(as_float(trace)) for trace in traces]))
+    return inverses, times, count_events(old[2], ~finite & allowed)
 
 
 def _is_due(t: jax.Array, period: int | jax.Array) -> bool | jax.Array:

@@ -101,30 +101,30 @@ def _replicate(tree: Any) -> Any:
 
 
 class Task(NamedTuple):
-    """A function of a stack of matrices that treats each of them alone, and its cost.
+    """A function of stacked arrays that treats each element of the stack alone, and its cost.
 
     Attributes:
-      function: takes an array with a leading axis, and returns an array or a tree of arrays with the same leading axis.
-      stack: the array.
-      cost: of one matrix of the stack.
+      function: takes arrays with a leading axis, and returns a tree of arrays with the same leading axis.
+      stacks: the arrays.
+      cost: of one element of the stack.
     """
 
-    function: Callable[[jax.Array], Any]
-    stack: jax.Array
+    function: Callable[..., Any]
+    stacks: tuple[jax.Array, ...]
     cost: float
 
 
 def distribute(tasks: Sequence[Task], axis: AxisNames | None) -> list[Any]:
-    """[task.function(task.stack) for task in tasks], with the work divided over the devices of a mesh axis.
+    """[task.function(*task.stacks) for task in tasks], with the work divided over the devices of a mesh axis.
 
     Args:
-      tasks: if `axis` is not None, their results must have the shapes of their stacks.
+      tasks: what is to be computed.
       axis: the mesh axis, or several; None: every device does all the work.
     """
     if axis is None:
-        return [task.function(task.stack) for task in tasks]
+        return [task.function(*task.stacks) for task in tasks]
     check_axis(axis)
-    counts, costs = [len(task.stack) for task in tasks], [task.cost for task in tasks]
+    counts, costs = [len(task.stacks[0]) for task in tasks], [task.cost for task in tasks]
     shares = equal_shares(counts, costs, _devices(jax.sharding.get_abstract_mesh(), axis))
     # Devices whose shares have the same sizes run the same branch, so that a large mesh needs few branches.
     sizes = [tuple(map(len, share)) for share in shares]
@@ -132,16 +132,18 @@ def distribute(tasks: Sequence[Task], axis: AxisNames | None) -> list[Any]:
     branch_of = np.asarray([branches.index(size) for size in sizes])
     members = [_padded([share[index] for share in shares]) for index in range(len(tasks))]
 
-    def on_one_device(stacks: list[jax.Array]) -> list[jax.Array]:
+    def on_one_device(all_stacks: list[tuple[jax.Array, ...]]) -> list[Any]:
         device = lax.axis_index(axis)
 
-        def of_share(size: tuple[int, ...]) -> list[jax.Array]:
+        def of_share(size: tuple[int, ...]) -> list[Any]:
             results = []
-            for task, stack, table, count in zip(tasks, stacks, members, size, strict=True):
-                result = jnp.zeros_like(stack)
+            for task, stacks, table, count in zip(tasks, all_stacks, members, size, strict=True):
+                shapes = jax.eval_shape(task.function, *stacks)
+                result = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
                 if count:
                     mine = jnp.asarray(table)[device, :count]
-                    result = result.at[mine].set(task.function(stack[mine]))
+                    new = task.function(*(x[mine] for x in stacks))
+                    result = jax.tree.map(lambda x, y, mine=mine: x.at[mine].set(y), result, new)
                 results.append(result)
             return results
 
@@ -151,7 +153,7 @@ def distribute(tasks: Sequence[Task], axis: AxisNames | None) -> list[Any]:
 
     everywhere = PartitionSpec()
     divided = jax.shard_map(on_one_device, in_specs=everywhere, out_specs=everywhere, check_vma=False)
-    return divided([task.stack for task in tasks])
+    return divided([task.stacks for task in tasks])
 
 
 def equal_shares(counts: Sequence[int], costs: Sequence[float], number: int) -> list[list[list[int]]]:

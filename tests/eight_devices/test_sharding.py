@@ -285,7 +285,7 @@ def test_a_state_of_other_modes_is_an_error():
 
 def test_devices_with_equal_shares_run_one_program():
     def run(x):
-        return sharding.distribute([sharding.Task(jnp.tanh, x, 1.0)], BOTH)[0]
+        return sharding.distribute([sharding.Task(jnp.tanh, (x,), 1.0)], BOTH)[0]
 
     x = jnp.linspace(0, 1, 24).reshape(12, 2)  # Four devices have two slices each, four have one.
     with jax.set_mesh(mesh_of(AxisType.Auto)):
