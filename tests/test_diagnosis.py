@@ -65,8 +65,7 @@ def trained(tx, steps=14, dtype=jnp.float32):
     return state, grads[-1], updates, sampled
 
 
-@pytest.mark.parametrize("max_dim", [1000, 4])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(("max_dim", "dtype"), [(1000, jnp.float32), (4, jnp.float64)])
 def test_the_factors_equal_numpy_s(max_dim, dtype):
     eps = 0.9  # Close to the mean of all eigenvalues.
     with jax.enable_x64(dtype == jnp.float64):
@@ -146,23 +145,21 @@ AGES = {
 
 
 @pytest.mark.parametrize("periods", AGES)
-@pytest.mark.parametrize("jit", [True, False])
-def test_ages(periods, jit):
+def test_ages(periods):
     tx = tnt(0.1, statistics_period=periods[0], inverse_period=periods[1])
     grads = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
-    update = jax.jit(tx.update) if jit else tx.update
+    update, read = jax.jit(tx.update), jax.jit(diagnostics)
     state, ages = tx.init(grads), []
-    assert int(diagnostics(state)["w/age"]) == -1
+    assert int(read(state)["w/age"]) == -1
     for _ in AGES[periods]:
         _, state = update(grads, state, sampled_grads=grads)
-        values = diagnostics(state)
+        values = read(state)
         assert int(values["b/age"]) == int(values["w/age"])
         ages.append(int(values["w/age"]))
     assert ages == AGES[periods]
 
 
-@pytest.mark.parametrize("parts", [2, 3, 100])
-@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize(("parts", "injected"), [(2, False), (3, True), (100, False)])
 def test_ages_of_parts(parts, injected):
     """Of each parameter: the steps since its inverses were seen to change."""
     hyperparams = {"learning_rate": 0.1, "statistics_period": 1, "inverse_period": 6, "inverse_parts": parts}

@@ -1,8 +1,8 @@
 """Fresh processes that refresh stacked inverses of several sizes in one program, which must never hang.
 
 Batched LAPACK calls of several sizes in one jitted function deadlock XLA's CPU backend in about half of all runs
-(docs/design.md says how the library avoids them). If they did here, the five runs of `make test`, one of them on a mesh
-whose devices share the threads, would all pass once in 32 times, and the 36 of `make test-all` never.
+(docs/design.md says how the library avoids them). If they did here, the four runs of `make test`, one of them on a mesh
+whose devices share the threads, would all pass once in 16 times, and the 36 of `make test-all` never.
 """
 
 import subprocess
@@ -52,7 +52,7 @@ def finishes(*arguments):
     assert result.stdout == "done\n"
 
 
-@runs(24, quick=4)
+@runs(24, quick=3)
 def test_a_refresh_in_a_fresh_process_does_not_hang(run):
     finishes()
 

@@ -196,8 +196,14 @@ def test_weight_decay_mask():
     chex.assert_trees_all_close(u, v, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("learning_rate", [None, 0.2, lambda t: 0.1 * jnp.float32(t + 1)])
-@pytest.mark.parametrize("trust_radius", [0.05, lambda t: 0.03 * jnp.float32(t + 1)])
+@pytest.mark.parametrize(
+    ("learning_rate", "trust_radius"),
+    [
+        (None, 0.05),
+        (0.2, lambda t: 0.03 * jnp.float32(t + 1)),
+        (lambda t: 0.1 * jnp.float32(t + 1), 0.05),
+    ],
+)
 def test_trust_radius_bounds_the_step_in_the_metric_of_the_factors(learning_rate, trust_radius):
     grads, sampled = random_trees(0, 4), random_trees(1, 4)
     free = scale_by_tnt(damping=0.1, statistics_period=1, inverse_period=2)
@@ -230,7 +236,7 @@ def test_a_large_trust_radius_changes_nothing():
     chex.assert_trees_all_close(u, v, rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [None, 1, 2, 3, 100])
+@pytest.mark.parametrize("parts", [None, 2, 100])
 def test_refreshes_in_parts(parts):
     """Each part has its own steps, of which t = 0 and all early ones are those of every part."""
     period, steps = 6, 20

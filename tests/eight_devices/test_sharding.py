@@ -100,7 +100,8 @@ def put(tree, mesh, specs):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
-@pytest.mark.parametrize("inverse_axis", [None, BOTH])
+# The devices divide the inverses in every way; that each computes all of them is a special case.
+@pytest.mark.parametrize("inverse_axis", [pytest.param(None, marks=pytest.mark.slow), BOTH])
 @pytest.mark.parametrize("way", SPECS)
 def test_equals_one_device_and_stays_divided(mesh, way, inverse_axis):
     params, inputs, labels = data_and_params()
