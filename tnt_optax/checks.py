@@ -75,12 +75,13 @@ def check_floating(name: str, tree: Any) -> None:
             raise TypeError(f"{where} {leaf.dtype}.{hint}")
 
 
-def check_scalar(name: str, value: Any) -> None:
-    """A real floating-point array without axes."""
+def check_scalar(name: str, value: Any) -> jax.Array:
+    """A real floating-point number, which is returned as an array without axes."""
     if jnp.shape(value):
         raise ValueError(f"{name}: expected it to return a scalar, got an array of shape {jnp.shape(value)}.")
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise TypeError(f"{name}: expected it to return a real floating-point number, got {jnp.result_type(value)}.")
+    return jnp.asarray(value)
 
 
 def match(name: str, tree: Any, other: Any, other_name: str) -> Any:

@@ -93,16 +93,12 @@ def _read(opt_state: optax.OptState, grads: Any, updates: Any) -> dict[str, jax.
 
 
 def _of_the_optimizer(state: TNTState) -> dict[str, jax.Array]:
-    steps, bounded = _array(state.count), _array(state.bounded_steps)
     rejected = ("rejected_gradients", "rejected_sampled_gradients", "rejected_inverses")
-    return {
-        "tnt/steps": steps,
-        "tnt/absorbed": _array(state.statistics_count),
-        "tnt/damping": _array(state.damping),
-        "tnt/bounded_steps": bounded,
-        "tnt/bounded_share": as_float(bounded) / as_float(jnp.maximum(steps, 1)),
-        **{f"tnt/{name}": _array(getattr(state, name)) for name in rejected},
-    }
+    fields = {"steps": "count", "absorbed": "statistics_count"}
+    fields |= {name: name for name in ("damping", "bounded_steps", *rejected)}
+    values = {f"tnt/{name}": _array(getattr(state, field)) for name, field in fields.items()}
+    steps = as_float(jnp.maximum(values["tnt/steps"], 1))
+    return values | {"tnt/bounded_share": as_float(values["tnt/bounded_steps"]) / steps}
 
 
 def _of_the_factors(state: TNTState) -> dict[str, jax.Array]:

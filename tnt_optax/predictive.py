@@ -259,8 +259,7 @@ def weighted_loss(predictive: Any, weights: Any, outputs: Any, targets: Any) -> 
     if isinstance(predictive, Joint):
         losses = [weighted_loss(*part) for _, *part in predictive._parts(weights, outputs, targets)]
         return jnp.sum(jnp.stack(losses))
-    loss = predictive.loss(outputs, targets)
-    checks.check_scalar("predictive.loss", loss)
+    loss = checks.check_scalar("predictive.loss", predictive.loss(outputs, targets))
     return jnp.asarray(weights, loss.dtype) * loss
 
 

@@ -179,8 +179,7 @@ class _Model:
     def _training_loss(self, outputs: Any, part: Part) -> jax.Array:
         if self.loss is None:
             return distributions.weighted_loss(part.predictive, part.shares, outputs, part.targets)
-        value = self.loss(outputs, part.targets)
-        checks.check_scalar("loss", value)
+        value = checks.check_scalar("loss", self.loss(outputs, part.targets))
         shares = jax.tree.leaves(part.shares)
         return jnp.asarray(sum(shares) / len(shares), value.dtype) * value
 
@@ -240,12 +239,8 @@ def _mean(tree: Any, axis_name: AxisNames | None) -> Any:
 def _add_regularizer(
     regularizer: Callable[[Any], jax.Array], params: Any, value: jax.Array, grads: Any
 ) -> tuple[jax.Array, Any]:
-    def checked(params: Any) -> jax.Array:
-        penalty = regularizer(params)
-        checks.check_scalar("regularizer", penalty)
-        return penalty
-
-    penalty, gradient = jax.value_and_grad(checked)(params)
+    checked = jax.value_and_grad(lambda params: checks.check_scalar("regularizer", regularizer(params)))
+    penalty, gradient = checked(params)
     finite = jnp.isfinite(penalty)
     grads = jax.tree.map(lambda g, r: g + jnp.where(finite, r, jnp.nan), grads, gradient)
     return value + penalty.astype(value.dtype), grads

@@ -116,19 +116,13 @@ def resolve_view(views: ViewFn | None, path: KeyPath, shape: tuple[int, ...]) ->
             f"{where}: expected modes to be a tuple of tuples of axes, and batch_axes and diagonal_modes tuples of "
             f"integers, such as TensorView(modes=((0, 1), (2,)), batch_axes=(3,), diagonal_modes=(1,))."
         ) from None
-    ndim = len(shape)
+    ndim, order = len(shape), max(len(modes), 1)
     named = [axis for mode in (*modes, batch_axes) for axis in mode]
     covered = all(-ndim <= axis < ndim for axis in named) and sorted(axis % ndim for axis in named) == list(range(ndim))
-    if not covered or not all(modes):
+    if not covered or not all(modes) or not all(-order <= mode < order for mode in diagonal):
         raise ValueError(
-            f"{where}: expected each of the {ndim} axes exactly once in modes and batch_axes, and no empty mode, got "
-            f"the axes {named}."
-        )
-    order = max(len(modes), 1)
-    if not all(-order <= mode < order for mode in diagonal):
-        raise ValueError(
-            f"{where}: expected diagonal_modes to be indices of its {order} modes, from 0 to {order - 1}, got "
-            f"{diagonal}."
+            f"{where}: expected each of the {ndim} axes exactly once in modes and batch_axes, no empty mode, and "
+            f"diagonal_modes that are indices of the {order} modes, from 0 to {order - 1}."
         )
     return TensorView(
         tuple(tuple(axis % ndim for axis in mode) for mode in modes),
