@@ -24,8 +24,9 @@ from flax import nnx
 from rich.console import Console
 
 import tnt_optax
-from tnt_optax import factors
-from tnt_optax.modes import default_modes
+from tnt_optax import phases
+from tnt_optax.blocks import describe
+from tnt_optax.options import MAX_DIM
 
 MODELS = ("autoencoder", "resnet32", "transformer")
 PARTS = ("gradient", "sampled backward pass", "contractions", "preconditioning", "inverses")
@@ -118,7 +119,7 @@ def seconds_of(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 
 def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     """The parts of a step, each alone, and what the arithmetic costs at the machine's rate of matrix products."""
-    value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive)
+    value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive, scale="mean")
     inputs, targets = problem.train
     loss = jax.jit(
         lambda p: jax.value_and_grad(lambda p: problem.predictive.loss(problem.forward(p, inputs), targets))(p)
@@ -126,14 +127,9 @@ def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     sampled_grads = jax.jit(value_and_grads)(problem.params, inputs, targets, jax.random.key(0))[2]
     backward = jax.jit(lambda f: f())
     leaves = jax.tree.leaves(problem.params)
-    views = [default_modes(x.shape) for x in leaves]
+    blocks = describe(leaves, None, MAX_DIM)
     state: Any = tnt_optax.scale_by_tnt().init(leaves)
-    statistics = jax.jit(
-        lambda gradients: [
-            factors.average_contractions(v, g, c, jnp.float32(0.1))
-            for g, v, c in zip(gradients, views, state.contractions, strict=True)
-        ]
-    )
+    statistics = jax.jit(lambda state, gradients: phases.absorb(blocks, state, gradients, due=True, decay=0.9))
     rng = np.random.default_rng(0)
 
     def positive(d: int, ndim: int) -> jax.Array:
@@ -141,12 +137,8 @@ def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
         return jnp.asarray(root @ root.T / d if ndim == 2 else np.square(root[:, 0]))
 
     matrices = [tuple(positive(c.shape[-1], c.ndim) for c in cs) for cs in state.contractions]
-    invert = jax.jit(lambda matrices: factors.damped_inverses(views, matrices, jnp.float32(0.1))[0])
-    precondition = jax.jit(
-        lambda leaves, inverses: [
-            factors.precondition(v, x, p) for v, x, p in zip(views, leaves, inverses, strict=True)
-        ]
-    )
+    invert = jax.jit(lambda matrices: phases.damped_inverses(blocks, matrices, jnp.float32(0.1), axis=None))
+    precondition = jax.jit(lambda momentum, inverses: phases.precondition(blocks, inverses, momentum))
     n = 2048
     square = jnp.ones((n, n))
     product = jax.jit(lambda x: x @ x)
@@ -164,7 +156,7 @@ def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
         {
             "gradient": lambda: loss(problem.params),
             "sampled backward pass": lambda: backward(sampled_grads),
-            "contractions": lambda: statistics(leaves),
+            "contractions": lambda: statistics(state, leaves).contractions,
             "preconditioning": lambda: precondition(leaves, matrices),
             "inverses": lambda: invert(matrices),
             "product": lambda: product(square),

@@ -25,7 +25,7 @@ args = parser.parse_args()
 images, predictive = jax.numpy.asarray(data.digits().train), tnt_optax.Bernoulli()
 graphdef, params = nnx.split(models.Autoencoder(images.shape[1], args.widths, rngs=nnx.Rngs(args.seed)))
 forward = jax.jit(lambda params, inputs: nnx.merge(graphdef, params)(inputs))
-value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive, scale="fisher")
+value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive)
 tx = tnt_optax.tnt(learning_rate=0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inverse_period=5)
 initial = jax.jit(lambda params: (params, tx.init(params), jax.numpy.int32(0)))
 

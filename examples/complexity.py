@@ -8,6 +8,7 @@ textbook counts are added: d^3/3 for a Cholesky factorization, d^2 n for a trian
 """
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ from common.baselines import shampoo
 from rich.console import Console
 
 import tnt_optax
-from tnt_optax import factors
-from tnt_optax.modes import Modes, default_modes, mode_dims
+from tnt_optax import TensorView, phases
+from tnt_optax.blocks import Block, describe
+from tnt_optax.factors import Dense
+from tnt_optax.options import MAX_DIM
 
 FLOAT = 4  # bytes
 
@@ -33,16 +36,16 @@ class Case(NamedTuple):
     """A parameter, and how it is viewed; None: as the library does by default."""
 
     shape: tuple[int, ...]
-    view: Modes | None = None
+    view: TensorView | None = None
 
-    def modes(self) -> Modes:
-        return self.view or default_modes(self.shape)
+    def block(self) -> Block:
+        return describe(_array(self.shape), lambda path, shape: self.view, MAX_DIM)
 
     def dims(self) -> tuple[int, ...]:
-        return mode_dims(self.modes(), self.shape)
+        return self.block().dims
 
 
-FOUR = Modes(((0,), (1,), (2,), (3,)))
+FOUR = TensorView(((0,), (1,), (2,), (3,)))
 CASES = (
     Case((128,)),
     Case((1024,)),
@@ -61,7 +64,7 @@ CASES = (
 
 def optimizers(case: Case) -> dict[str, optax.GradientTransformation]:
     """Each with everything due at every step."""
-    tnt = tnt_optax.tnt(1e-3, statistics_period=1, inverse_period=1, modes=lambda path, shape: case.view)
+    tnt = tnt_optax.tnt(1e-3, statistics_period=1, inverse_period=1, views=lambda path, shape: case.view)
     result: dict[str, Any] = {"TNT": tnt, "Adam": optax.adam(1e-3)}
     if case.view is None:  # It has no other views.
         result["Shampoo"] = shampoo(1e-3, statistics_period=1, inverse_period=1)
@@ -105,21 +108,17 @@ def lapack_flops(function: Callable[..., Any], *args: Any) -> float:
 
 def parts(case: Case) -> dict[str, float]:
     """Operations of each part of TNT's update, which are the terms of Table 1."""
-    view, gradient, number = case.modes(), _array(case.shape), _array(())
-    matrices = tuple(_array((d, d)) for d in case.dims())
+    block, gradient, number = case.block(), _array(case.shape), _array(())
+    matrices, inverse = tuple(map(_array, block.factor_shapes)), Dense().inverse
 
     def statistics(gradient: jax.Array, averages: Any, weight: jax.Array) -> Any:
-        return factors.average_contractions(view, gradient, averages, weight)
-
-    def precondition(momentum: jax.Array, inverses: Any) -> jax.Array:
-        return factors.precondition(view, momentum, inverses)
+        tensor, modes = block.to_tensor(gradient), enumerate(zip(block.factors, averages, strict=True))
+        return [(1 - weight) * c + weight * factor.contraction(tensor, mode) for mode, (factor, c) in modes]
 
     return {
         "statistics": flops(statistics, gradient, matrices, number),
-        "preconditioning": flops(precondition, gradient, matrices),
-        "inverses": sum(
-            flops(factors.damped_inverse, u, number) + lapack_flops(factors.damped_inverse, u, number) for u in matrices
-        ),
+        "preconditioning": flops(functools.partial(phases.precondition, block), matrices, gradient),
+        "inverses": sum(flops(inverse, u, number) + lapack_flops(inverse, u, number) for u in matrices),
     }
 
 
@@ -135,7 +134,7 @@ def part_formulas(dims: Sequence[int]) -> dict[str, float]:
 
 def sampled_pass(case: Case, batch_size: int) -> float:
     """Operations of the sampled gradient for a dense layer with that kernel: the backward pass that TNT adds."""
-    value_and_grads = tnt_optax.value_and_sampled_grad(lambda w, x: x @ w, tnt_optax.Normal())
+    value_and_grads = tnt_optax.value_and_sampled_grad(lambda w, x: x @ w, tnt_optax.Normal(), scale="mean")
     inputs, outputs = ((batch_size, d) for d in case.shape)
     key = jax.eval_shape(lambda: jax.random.key(0))
     sampled_grads = jax.eval_shape(value_and_grads, _array(case.shape), _array(inputs), _array(outputs), key)[2]

@@ -47,9 +47,10 @@ from common import report
 from rich.console import Console
 from scipy.special import zeta
 
-from tnt_optax.factors import contraction, damped_inverse, identify, mode_products
+from tnt_optax.factors import Dense, mode_products, normalize_factor
 
 CLASSES = 3
+DENSE = Dense()
 
 
 class Data(NamedTuple):
@@ -127,7 +128,7 @@ def exact_contractions(w: jax.Array, inputs: jax.Array) -> list[jax.Array]:
 
     def of_one_label(x: jax.Array, p: jax.Array, e_y: jax.Array) -> list[jax.Array]:
         gradient = x[:, :, None] * (p - e_y)
-        return [jnp.vdot(e_y, p) * contraction(gradient, mode, diagonal=False) for mode in range(w.ndim)]
+        return [jnp.vdot(e_y, p) * DENSE.contraction(gradient, mode) for mode in range(w.ndim)]
 
     every = jax.vmap(jax.vmap(of_one_label, (None, None, 0)), (0, 0, None))(inputs, p, jnp.eye(CLASSES, dtype=p.dtype))
     return [jnp.mean(jnp.sum(c, axis=1), axis=0) for c in every]
@@ -135,8 +136,9 @@ def exact_contractions(w: jax.Array, inputs: jax.Array) -> list[jax.Array]:
 
 def direction(w: jax.Array, gradient: jax.Array, inputs: jax.Array, damping: float) -> jax.Array:
     """F_TNT^-1 g."""
-    factors = [identify(c, w.ndim, w.size) for c in exact_contractions(w, inputs)]
-    return mode_products(gradient, [damped_inverse(u, jnp.asarray(damping, u.dtype)) for u in factors])
+    factors = [normalize_factor(DENSE, c, w.ndim, w.size) for c in exact_contractions(w, inputs)]
+    inverses = [DENSE.inverse(u, jnp.asarray(damping, u.dtype)) for u in factors]
+    return mode_products([DENSE] * w.ndim, gradient, inverses)
 
 
 def make_run(data: Data, *, steps: int, batch_size: int, damping: float) -> Callable[..., jax.Array]:

@@ -144,7 +144,7 @@ def print_results(
         name for name in curves if best[name]["learning_rate"] in (min(args.learning_rates), max(args.learning_rates))
     }
     if edges:
-        console.print(f"The best learning rate of {', '.join(sorted(edges))} lies on the edge of the grid: widen it.")
+        console.print(f"The best learning rate of {', '.join(sorted(edges))} is on the edge of the grid: widen it.")
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,7 +1,7 @@
-"""What the diagnostics say of trainings with several dampings, and which of them trained best.
+"""Trains with several dampings, and prints the diagnostics and the losses of each.
 
-The autoencoder of the digits that `demo.py` trains, from the same parameters, with the same batches and labels; only
-the damping differs.
+The model is the autoencoder of the digits that `demo.py` trains. Initial parameters, batches and labels are the same
+for all dampings.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import tnt_optax
 
 @dataclasses.dataclass
 class Run:
-    """A training; the lists have an entry for every look at it.
+    """A training; the lists have an entry for each time it was measured.
 
     Attributes:
       damping: eps.
-      epoch: how many were done.
+      epoch: the number of epochs until then.
       train_loss: over all training images, in nats per image.
       test_loss: over all test images.
       share_below_damping: of the eigenvalues of all factors.
@@ -50,11 +50,11 @@ class Run:
 
 
 class Training:
-    """Compiled once, for all dampings: they are an argument."""
+    """A training step that is compiled once: the damping is an argument."""
 
     def __init__(self, problem: Problem, args: argparse.Namespace):
         self.problem, self.seed = problem, args.seed
-        value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive, scale="fisher")
+        value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive)
 
         def optimizer(damping: Any) -> optax.GradientTransformationExtraArgs:
             return tnt_optax.tnt(
@@ -72,8 +72,8 @@ class Training:
             return optax.apply_updates(params, updates), opt_state, grads, updates
 
         @jax.jit
-        def read(opt_state: Any, grads: Any, updates: Any, damping: jax.Array) -> dict[str, jax.Array]:
-            return tnt_optax.diagnostics(opt_state, damping=damping, grads=grads, updates=updates)
+        def read(opt_state: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:
+            return tnt_optax.diagnostics(opt_state, grads=grads, updates=updates)
 
         self._init, self._step, self._read = optimizer(1.0).init, step, read
         self._loss = jax.jit(lambda params, x, y: problem.predictive.loss(problem.forward(params, x), y))
@@ -81,7 +81,7 @@ class Training:
     def run(
         self, damping: float, epochs: int, every: int, on_epoch: Callable[[], None]
     ) -> tuple[Run, dict[str, np.ndarray]]:
-        """The run, and what the diagnostics said at its end."""
+        """The run, and the diagnostics at its end."""
         run, eps, key = Run(damping), jnp.float32(damping), jax.random.key(self.seed)
         params, values, grads, updates = self.problem.params, {}, None, None
         opt_state = self._init(params)
@@ -92,7 +92,7 @@ class Training:
             on_epoch()
             if epoch % every and epoch < epochs:
                 continue
-            values = {name: np.asarray(x) for name, x in self._read(opt_state, grads, updates, eps).items()}
+            values = {name: np.asarray(x) for name, x in self._read(opt_state, grads, updates).items()}
             run.epoch.append(epoch)
             run.train_loss.append(float(self._loss(params, *self.problem.train)))
             run.test_loss.append(float(self._loss(params, *self.problem.test)))
@@ -168,7 +168,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--statistics-period", type=int, default=4)
     parser.add_argument("--inverse-period", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=40, help="passes over the training images")
-    parser.add_argument("--every", type=int, default=10, help="look at the diagnostics every so many epochs")
+    parser.add_argument("--every", type=int, default=10, help="epochs between two measurements")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument(
         "--widths", type=int, nargs="+", default=(128, 64, 32, 8), help="of the encoder's layers, the code's last"

@@ -59,9 +59,9 @@ jax.set_mesh(jax.make_mesh(args.mesh, AXES, axis_types=(AxisType.Auto, AxisType.
 
 images = data.digits()
 problem = autoencoder_problem(images, args.widths, args.batch_size, seed=0)
-value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive, scale="fisher")
-# The devices of both axes divide the inverses among them.
-tx = tnt_optax.tnt(0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inverse_period=10, refresh_axis=AXES)
+value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive)
+# The devices along both axes divide the inverses among them.
+tx = tnt_optax.tnt(0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inverse_period=10, inverse_axis=AXES)
 
 
 def on_mesh(x: jax.Array) -> jax.Array:
@@ -73,8 +73,8 @@ def on_mesh(x: jax.Array) -> jax.Array:
 
 
 params = jax.tree.map(on_mesh, problem.params)
-state = (params, tx.init(params))  # The state of the optimizer lies as the parameters do ...
-shardings = jax.tree.map(lambda x: x.sharding, state)  # ... and stays so, because the step is told.
+state = (params, tx.init(params))  # The state of the optimizer is sharded as the parameters are.
+shardings = jax.tree.map(lambda x: x.sharding, state)  # The step keeps these shardings.
 
 
 def train_step(state, batch, key):

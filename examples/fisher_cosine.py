@@ -28,6 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DECAY = 0.9
+HIDDEN = (20, 20, 20, 20)  # The widths of the hidden layers.
 CATEGORICAL = tnt_optax.Categorical()
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
@@ -61,7 +62,12 @@ def methods(damping: float) -> dict[str, tuple[optax.GradientTransformationExtra
     `damping` is that of the whole matrix: the factors of TNT have its square root. Shampoo's statistics have the
     dimension of the whole.
     """
-    every_step: dict[str, Any] = {"decay": DECAY, "momentum": DECAY, "statistics_period": 1, "inverse_period": 1}
+    every_step: dict[str, Any] = {
+        "statistics_decay": DECAY,
+        "momentum": DECAY,
+        "statistics_period": 1,
+        "inverse_period": 1,
+    }
     tnt = functools.partial(tnt_optax.scale_by_tnt, damping=damping**0.5, **every_step)
     return {
         "TNT": (tnt(), "sampled gradient"),
@@ -108,7 +114,7 @@ def compare(
     """The cosines of each method, of shape (steps, layers), and the losses along the trajectory."""
     model = functools.partial(forward, ACTIVATIONS[activation])
     line_up = methods(damping)
-    sampled = tnt_optax.value_and_sampled_grad(model, CATEGORICAL, scale="fisher")
+    sampled = tnt_optax.value_and_sampled_grad(model, CATEGORICAL)
     with_factors = baselines.value_and_layer_factors(model, CATEGORICAL)
 
     @jax.jit
@@ -168,7 +174,7 @@ def main() -> None:
     args = parse_args()
     console = Console()
     images = data.labelled(args.dataset, args.data_dir)
-    widths = [images[0].shape[1], 20, 20, 20, 20, 10]
+    widths = [images[0].shape[1], *HIDDEN, 10]
     with report.progress_bar(console) as progress:
         ticker = report.Ticker(progress, "block Fisher", args.steps)
         cosines, losses = compare(

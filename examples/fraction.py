@@ -1,7 +1,7 @@
-"""What it does to the training when labels are sampled for a part of each batch only.
+"""Trains with labels that are sampled for a part of each batch only, and compares the losses.
 
-The sampled gradient is a mean of independent terms of mean zero, so at scale="fisher" its covariance is the Fisher
-matrix however many there are: a quarter of the batch estimates the same, at a quarter of the cost.
+The sampled gradient is a mean of independent terms of mean zero, so with `scale="fisher"` its covariance is the Fisher
+matrix, whatever their number: a quarter of the batch estimates the same matrix, at a quarter of the cost.
 """
 
 import argparse
@@ -24,23 +24,23 @@ def main() -> None:
     args = parse_args()
     console = Console()
     images = data.load(args.dataset, args.data_dir)
-    curves: dict[int, list[Curve]] = {share: [] for share in args.shares}
+    curves: dict[int, list[Curve]] = {subsample: [] for subsample in args.subsamples}
     with report.progress_bar(console) as progress:
         for seed in range(args.seeds):
             problem = autoencoder_problem(images, WIDTHS[args.dataset], args.batch_size, seed=seed)
-            for share in args.shares:
-                trainer = Trainer(problem, tnt, share=share)
-                ticker = report.Ticker(progress, f"{seed}: 1/{share}", args.epochs * problem.steps_per_epoch)
+            for subsample in args.subsamples:
+                trainer = Trainer(problem, tnt, subsample=subsample)
+                ticker = report.Ticker(progress, f"{seed}: 1/{subsample}", args.epochs * problem.steps_per_epoch)
                 hyperparams = {"learning_rate": args.learning_rate, "damping": args.damping}
-                curves[share].append(trainer.train(args.epochs, hyperparams, seed=seed, on_step=ticker))
+                curves[subsample].append(trainer.train(args.epochs, hyperparams, seed=seed, on_step=ticker))
     rows = [
         [
-            f"1/{share}",
-            *(f"{np.mean([curve.train_loss[epoch] for curve in of_share]):.2f}" for epoch in epochs(args.epochs)),
-            f"{np.mean([curve.test_loss[-1] for curve in of_share]):.2f}",
-            f"{np.mean([curve.seconds[-1] for curve in of_share]):.1f}",
+            f"1/{subsample}",
+            *(f"{np.mean([curve.train_loss[epoch] for curve in of_subsample]):.2f}" for epoch in epochs(args.epochs)),
+            f"{np.mean([curve.test_loss[-1] for curve in of_subsample]):.2f}",
+            f"{np.mean([curve.seconds[-1] for curve in of_subsample]):.1f}",
         ]
-        for share, of_share in curves.items()
+        for subsample, of_subsample in curves.items()
     ]
     columns = ["of a batch", *(f"epoch {epoch}" for epoch in epochs(args.epochs)), "test loss", "seconds"]
     report.print_table(console, f"Training loss in nats, mean of {args.seeds} seeds", columns, rows)
@@ -50,7 +50,9 @@ def main() -> None:
         {
             "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
             "machine": report.machine(),
-            "curves": {f"1/{share}": [vars(curve) for curve in of_share] for share, of_share in curves.items()},
+            "curves": {
+                f"1/{subsample}": [vars(curve) for curve in of_subsample] for subsample, of_subsample in curves.items()
+            },
         },
     )
 
@@ -70,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", choices=tuple(WIDTHS), default="digits")
     parser.add_argument("--data-dir", type=Path, help="where tensorflow_datasets has already prepared MNIST")
     parser.add_argument(
-        "--shares", type=int, nargs="+", default=(1, 2, 4, 8), help="labels for one in so many examples"
+        "--subsamples", type=int, nargs="+", default=(1, 2, 4, 8), help="labels are sampled for one in so many examples"
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0")
     parser.add_argument("--epochs", type=int, default=40, help="passes over the training images")

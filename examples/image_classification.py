@@ -134,7 +134,7 @@ class State(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What came of an epoch: the mean loss of its steps, and loss and error (a share) on the test images after it."""
+    """The result of an epoch: the mean loss of its steps, and loss and error rate on the test images after it."""
 
     train_loss: float
     test_loss: float
@@ -261,7 +261,7 @@ class Trainer:
         return state._replace(opt_state=opt_state)
 
     def run(self, state: State, seed: int, epochs: int) -> Iterator[Epoch]:
-        """Trains, and tells of every epoch; stops early where a loss is not finite. The seconds are the training's."""
+        """Trains, and yields the result of every epoch; stops if a loss is not finite. `seconds` exclude evaluation."""
         key, _ = jax.random.split(jax.random.key(seed))
         if self.compiled is None:  # Ahead, so that no second of it is counted.
             start = time.perf_counter()

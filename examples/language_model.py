@@ -31,7 +31,7 @@ import tnt_optax
 USUAL_RATES = {"TNT": 0.1, "AdamW": 3e-3, "Muon": 3e-3}
 WARM_START = 10  # batches
 MEASURED_BYTES = 16_384
-MODES = tnt_optax.flax_modes(stacked=("blocks",))
+VIEWS = tnt_optax.flax_views(stacked=("blocks",))
 
 
 def main() -> None:
@@ -148,11 +148,11 @@ def optimizer(args: argparse.Namespace, name: str) -> Callable[..., optax.Gradie
         return tnt_optax.tnt(
             schedule(learning_rate, steps),
             damping=args.damping,
-            decay=0.95,
+            statistics_decay=0.95,
             trust_radius=args.trust_radius,
             statistics_period=args.statistics_period,
             inverse_period=args.inverse_period,
-            modes=MODES,
+            views=VIEWS,
         )
 
     def adamw(learning_rate: Any, steps: Any) -> optax.GradientTransformation:
@@ -171,16 +171,16 @@ def optimizer(args: argparse.Namespace, name: str) -> Callable[..., optax.Gradie
 
 
 def matrices(params: Any) -> Any:
-    """Muon's view of the parameters: the matrices that TNT sees, but for embeddings; None for Adam's."""
+    """Muon's argument: the axes of each matrix in TNT's view, but for embeddings; None where Muon uses Adam."""
 
-    def view(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        modes = MODES(path, x.shape)
+    def dimensions(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        view = VIEWS(path, x.shape)
         embedding = jax.tree_util.keystr(path[-1:], simple=True) == "embedding"
-        if modes is None or embedding or len(modes.groups) != 2:
+        if view is None or embedding or len(view.modes) != 2:
             return None
-        return optax.contrib.MuonDimensionNumbers(*modes.groups)
+        return optax.contrib.MuonDimensionNumbers(*view.modes)
 
-    return jax.tree_util.tree_map_with_path(view, params)
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def print_results(
@@ -216,7 +216,7 @@ def print_results(
         and of_one["learning_rate"] in (min(args.grid) * USUAL_RATES[name], max(args.grid) * USUAL_RATES[name])
     }
     if edges:
-        console.print(f"The best learning rate of {', '.join(sorted(edges))} lies on the edge of the grid: widen it.")
+        console.print(f"The best learning rate of {', '.join(sorted(edges))} is on the edge of the grid: widen it.")
 
 
 def parse_args() -> argparse.Namespace:

@@ -29,7 +29,7 @@ from common.training import Trainer
 from rich.console import Console
 
 import tnt_optax
-from tnt_optax import Modes, TNTState
+from tnt_optax import TensorView, TNTState
 
 MAX_DIMS = (256, 512, 768, 1024, 2048, 3072, 4096, 8192)
 WIDTHS = (128, 64, 32, 8)
@@ -37,10 +37,10 @@ FLOAT = 4  # bytes
 SOAP_MAX_DIM = 10_000
 
 
-def diagonal_vectors(path: Any, shape: tuple[int, ...]) -> Modes | None:
-    """Each element of a vector is a tensor of its own: of its factor the diagonal is kept, whatever `max_dim`."""
+def diagonal_vectors(path: Any, shape: tuple[int, ...]) -> TensorView | None:
+    """Keeps only the diagonal of the factor of a vector, whatever `max_dim`."""
     del path
-    return Modes(groups=(), batch=(0,)) if len(shape) == 1 else None
+    return TensorView(((0,),), diagonal_modes=(0,)) if len(shape) == 1 else None
 
 
 def state_bytes(tx: optax.GradientTransformation, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -68,7 +68,7 @@ def table(shapes: Shapes, max_dims: Sequence[int]) -> list[dict[str, Any]]:
         "Shampoo": of(shampoo(1e-3)),
         **{f"TNT, max_dim={d}": of(tnt_optax.tnt(1e-3, max_dim=d)) for d in max_dims},
         **{
-            f"TNT, max_dim={d}, vectors diagonal": of(tnt_optax.tnt(1e-3, max_dim=d, modes=diagonal_vectors))
+            f"TNT, max_dim={d}, vectors diagonal": of(tnt_optax.tnt(1e-3, max_dim=d, views=diagonal_vectors))
             for d in max_dims
         },
     }
@@ -111,7 +111,7 @@ def in_bfloat16(*fields: str) -> Callable[..., Any]:
 
 
 def without_contractions(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """For `decay=0` and inverses that are refreshed with every new statistic: the old contractions have no part."""
+    """For `statistics_decay=0` and inverses that are updated with the statistics: the old contractions are not used."""
     return stored(
         tx,
         lambda state: state._replace(contractions=None),
@@ -127,7 +127,7 @@ STORAGES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "contractions bfloat16": (in_bfloat16("contractions"), EVERY_STEP),
     "contractions, inverses bfloat16": (in_bfloat16("contractions", "inverses"), EVERY_STEP),
     "float32, T1 = 20": (lambda tx: tx, EVERY_PERIOD),
-    "no contractions, T1 = 20": (without_contractions, {**EVERY_PERIOD, "decay": 0.0}),
+    "no contractions, T1 = 20": (without_contractions, {**EVERY_PERIOD, "statistics_decay": 0.0}),
 }
 
 
@@ -159,7 +159,7 @@ def main() -> None:
 
     everything = [shape for of_kind in shapes.values() for shape in of_kind]
     storages = {
-        name: state_bytes(optimizer(name, modes=diagonal_vectors, max_dim=4096)(1e-3, 0.1), everything)
+        name: state_bytes(optimizer(name, views=diagonal_vectors, max_dim=4096)(1e-3, 0.1), everything)
         for name in STORAGES
     }
     runs: list[dict[str, Any]] = []

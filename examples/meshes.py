@@ -1,9 +1,9 @@
-"""What each device of a mesh computes and holds: the largest share of a refresh, and the bytes of parameters and state.
+"""The load of each device of a mesh: the largest share of an inverse update, and the bytes of parameters and state.
 
-Nothing is trained. A share is what `refresh_axis` gives to one device, counted as the library does, by the sum of d^3
-over its modes, and in the operations that XLA counts for the inverse of each mode, which leaves LAPACK's part out.
-Bytes are those of parameters that are divided along one axis (FSDP), and of the state that `init` makes beside them,
-which needs types only, and no devices.
+Nothing is trained. A share is the part of the inverses that `inverse_axis` assigns to one device. Its cost is counted
+as in the library, by the sum of d^3 over its modes, and in the operations that XLA counts for the inverse of each mode,
+which do not include LAPACK's. Bytes are those of parameters that are divided along one axis (FSDP), and of the state
+that `init` makes for them, which needs types only, and no devices.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import tnt_optax
-from tnt_optax import factors, sharding
-from tnt_optax.modes import default_modes, mode_dims
+from tnt_optax import phases, sharding
+from tnt_optax.blocks import Block, describe
+from tnt_optax.factors import Dense
 
 MAX_DIM = 8192  # The default of `tnt`.
 Shapes = list[tuple[int, ...]]
@@ -44,11 +45,17 @@ MODELS = {"MNIST autoencoder": autoencoder, "GPT-2 124M": transformer}
 
 def modes_to_invert(shapes: Shapes) -> Counter[int]:
     """How many dense modes there are of each length."""
-    return Counter(d for shape in shapes for d in mode_dims(default_modes(shape), shape) if d <= MAX_DIM)
+    pairs = (zip(block.factors, block.dims, strict=True) for block in blocks(shapes))
+    return Counter(d for factor, d in itertools.chain.from_iterable(pairs) if factor == Dense())
+
+
+def blocks(shapes: Shapes) -> list[Block]:
+    params: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return describe(params, None, MAX_DIM)
 
 
 def largest_share(shapes: Shapes, devices: int) -> dict[str, float]:
-    """Of a refresh: the largest part of one device by d^3 and in operations, the ideal, and the part of one mode."""
+    """Of an inverse update: the largest part by d^3 and in operations, the ideal part, and the part of one mode."""
     lengths = modes_to_invert(shapes)
     costs = [float(d) ** 3 for d in lengths]
     shares = sharding.equal_shares(list(lengths.values()), costs, devices)
@@ -69,7 +76,7 @@ def largest_share(shapes: Shapes, devices: int) -> dict[str, float]:
 def operations(d: int) -> float:
     """What XLA counts for Eq. (5) and the inverse of a mode of length d."""
     matrix, number = jax.ShapeDtypeStruct((d, d), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    invert = functools.partial(factors.damped_inverses, [default_modes((d,))])
+    invert = functools.partial(phases.damped_inverses, blocks([(d,)]), axis=None)
     return (jax.jit(invert).lower([(matrix,)], number).compile().cost_analysis() or {})["flops"]
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_examples import little_optimized
 
 import tnt_optax
 
@@ -35,6 +36,7 @@ def train(directory, steps, *arguments):
     with (
         mock.patch.object(sys, "argv", [str(word) for word in words]),
         contextlib.redirect_stdout(io.StringIO()) as stdout,
+        little_optimized(),
         jax.numpy_dtype_promotion("standard"),  # Flax relies on it.
     ):
         runpy.run_path(PROGRAM, run_name="__main__")
@@ -104,12 +106,13 @@ def killed(directory, kills, seed):
     return newest, last_line(directory, 40)
 
 
-def test_run_that_goes_on_ends_with_the_same_bytes(tmp_path):
+# Between two updates of the inverses, and before one.
+@pytest.mark.parametrize("steps", [7, pytest.param(10, marks=pytest.mark.slow)])
+def test_run_that_goes_on_ends_with_the_same_bytes(tmp_path, steps):
     through = train(tmp_path / "through", 12)
-    for steps in (7, 10):  # Between two updates of the inverses, and before one.
-        train(tmp_path / str(steps), steps)
-        assert max(complete(tmp_path / str(steps))) == steps
-        assert train(tmp_path / str(steps), 12) == through
+    train(tmp_path / "stopped", steps)
+    assert max(complete(tmp_path / "stopped")) == steps
+    assert train(tmp_path / "stopped", 12) == through
 
     with pytest.raises(SystemExit) as error:
         train(tmp_path / "through", 20, "--widths", 9)

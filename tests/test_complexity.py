@@ -28,7 +28,8 @@ CASES = [
 def test_memory(case, dims):
     size, matrices = math.prod(dims), sum(d * d for d in dims)
     expected = {
-        # Momentum, C_i, P_i; the steps, the statistics, three rejections, the bounded steps, the damping, the last refresh.
+        # Momentum, C_i, P_i; the numbers of steps, statistics, three kinds of rejections and bounded steps; the
+        # damping; the last inverse update.
         "TNT": 4 * (size + 2 * matrices) + 8 * 4,
         "Shampoo": 4 * (size + 2 * matrices) + 2 * 4,  # And the steps, the statistics.
         "Adam": 4 * 2 * size + 4,
@@ -106,14 +107,18 @@ def test_operations_of_adam():
     assert 12 * 40 * 24 <= counted <= 12 * 40 * 24 + 20  # The corrections' denominators, once.
 
 
-@pytest.mark.parametrize("cases", [[case for case, _ in CASES], pytest.param(complexity.CASES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases",
+    [(CASES[1][0], CASES[3][0]), pytest.param(complexity.CASES, marks=pytest.mark.slow)],
+    ids=["small", "whole"],
+)
 def test_program(tmp_path, monkeypatch, cases):
     monkeypatch.setattr(complexity, "CASES", cases)
     result = program("complexity", "--batch-size", 32, "--max-dim", 128, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "complexity.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "complexity.json").read_text())["rows"]
-    assert {len(row["dims"]) for row in written} == {1, 2, 3, 4}
+    assert [tuple(row["dims"]) for row in written] == [case.dims() for case in cases if max(case.dims()) <= 128]
     for row in written:
         title = "x".join(map(str, row["dims"]))
         assert f"{row['memory']['TNT']['formula']:,} + 32" in result.stdout

@@ -204,6 +204,18 @@ def test_inject_hyperparams_with_all_defaults_under_tracing(factory, way):
         chex.assert_trees_all_close(updates, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("factory", [tnt, scale_by_tnt])
+def test_a_donated_state(factory):
+    """The caller's own arrays survive, and no array is in the state twice."""
+    (params,), damping = trees(0, 1), jnp.float32(0.2)
+    injected = optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)(damping=0.2)
+    for tx in (factory(damping=damping), injected):
+        step = jax.jit(lambda g, s, tx=tx: tx.update(g, s, g, sampled_grads=g), donate_argnums=1)
+        _, state = step(params, tx.init(params))
+        jax.block_until_ready(step(params, state))
+    assert float(damping) == pytest.approx(0.2)
+
+
 def test_a_constant_schedule_equals_a_number(variant):
     numbers = {"damping": 0.2, "trust_radius": 0.3}
     schedules = {name: optax.constant_schedule(value) for name, value in numbers.items()}

@@ -23,6 +23,7 @@ DAMPING = 0.7
 DATA = convergence.load(examples=6)
 KNOWN = convergence.constants(DATA.inputs, DAMPING)
 SHAPE = (4, 4, 3)
+EXACT_CONTRACTIONS, DIRECTION = jax.jit(convergence.exact_contractions), jax.jit(convergence.direction)
 
 
 def weights():
@@ -68,7 +69,7 @@ def full_gradient(w):
 @pytest.mark.parametrize("w", weights())
 def test_the_statistics_are_exact(w):
     expected = enumerated(w)
-    actual = convergence.exact_contractions(jnp.asarray(w, jnp.float32), jnp.asarray(DATA.inputs))
+    actual = EXACT_CONTRACTIONS(jnp.asarray(w, jnp.float32), jnp.asarray(DATA.inputs))
     for a, e in zip(actual, expected, strict=True):
         # Logits up to some 1000 in float32 have errors of 1e-4, and so have the probabilities, relative to their size.
         np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-3 * np.abs(e).max() + 1e-12)
@@ -77,7 +78,7 @@ def test_the_statistics_are_exact(w):
 def test_the_direction_is_that_of_the_dense_matrix():
     w = weights()[2]
     gradient = np.random.default_rng(1).normal(size=SHAPE)
-    actual = convergence.direction(
+    actual = DIRECTION(
         jnp.asarray(w, jnp.float32), jnp.asarray(gradient, jnp.float32), jnp.asarray(DATA.inputs), DAMPING
     )
     # Float32; the condition number is below 100.

@@ -56,11 +56,20 @@ def test_under_a_large_damping_all_directions_are_the_gradients():
     assert np.all(np.abs(cosines["TNT"]) < 0.9)
 
 
-@pytest.mark.parametrize("hidden", [(20,), pytest.param(fisher_cosine.HIDDEN, marks=pytest.mark.slow)])
-def test_program(tmp_path, monkeypatch, hidden):
+@pytest.mark.parametrize(
+    ("hidden", "names"),
+    [
+        ((20,), ("TNT", "KFAC", "SGD-m")),
+        pytest.param(fisher_cosine.HIDDEN, tuple(fisher_cosine.methods(0.01)), marks=pytest.mark.slow),
+    ],
+    ids=["small", "whole"],
+)
+def test_program(tmp_path, monkeypatch, hidden, names):
     monkeypatch.setattr(fisher_cosine, "HIDDEN", hidden)
+    methods = fisher_cosine.methods
+    monkeypatch.setattr(fisher_cosine, "methods", lambda damping: {name: methods(damping)[name] for name in names})
     result = program("fisher_cosine", "--steps", 2, "--batch-size", 64, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "fisher_cosine_digits.json").read_text())
-    assert {len(values) for values in written["cosines"].values()} == {2}
+    assert {name: len(values) for name, values in written["cosines"].items()} == dict.fromkeys(names, 2)
     assert (tmp_path / "fisher_cosine_digits.png").read_bytes().startswith(b"\x89PNG")

@@ -20,6 +20,7 @@ from common import cifar
 from common.models import VGG16, ResNet32
 from flax import nnx
 from helpers import count
+from test_examples import little_optimized
 from test_examples import program as run_program
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _strict_promotion():
     """Not here: Flax itself relies on implicit promotion."""
+    with little_optimized():
+        yield
 
 
 def params_of(make):
@@ -470,13 +473,26 @@ def test_a_training_that_diverges_stops():
 # The program
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("resnet32", marks=pytest.mark.slow)])
-def test_the_program(tmp_path, monkeypatch, model):
+@pytest.mark.parametrize(
+    ("model", "examples", "warm_start"), [("tiny", 128, 0), pytest.param("resnet32", 256, 2, marks=pytest.mark.slow)]
+)
+def test_the_program(tmp_path, monkeypatch, model, examples, warm_start):
     if model == "tiny":
         monkeypatch.setattr(program, "ResNet32", lambda classes, *, rngs, **_: Tiny(classes, rngs=rngs))
-    sizes = ("--examples", 256, "--batch-size", 64, "--epochs", 3, "--channels", 2, "--warm-start-batches", 2)
+    sizes = ("--examples", examples, "--batch-size", 64, "--epochs", 3, "--channels", 2)
     names = ("TNT", "SGD-m")  # To compile all five takes twice as long.
-    result = run_program("image_classification", *sizes, "--seeds", 2, "--optimizers", *names, "--out", tmp_path)
+    result = run_program(
+        "image_classification",
+        *sizes,
+        "--warm-start-batches",
+        warm_start,
+        "--seeds",
+        2,
+        "--optimizers",
+        *names,
+        "--out",
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     assert "TNT: 3 epochs, learning rate 0.0001, weight decay 10, damping 0.01" in result.stdout
     stem = tmp_path / "image_classification_digits"

@@ -70,9 +70,17 @@ def test_storages(storage):
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
-@pytest.mark.parametrize("widths", [(4,), pytest.param(memory.WIDTHS, marks=pytest.mark.slow)])
-def test_the_program(tmp_path, monkeypatch, widths):
+@pytest.mark.parametrize(
+    ("widths", "names"),
+    [
+        ((4,), ("float32", "contractions bfloat16", "no contractions, T1 = 20")),
+        pytest.param(memory.WIDTHS, tuple(memory.STORAGES), marks=pytest.mark.slow),
+    ],
+    ids=["small", "whole"],
+)
+def test_the_program(tmp_path, monkeypatch, widths, names):
     monkeypatch.setattr(memory, "WIDTHS", widths)
+    monkeypatch.setattr(memory, "STORAGES", {name: memory.STORAGES[name] for name in names})
     small = ("--seeds", 1, "--epochs", 1, "--dampings", 0.1, "--max-dims", 256, "--batch-size", 512)
     result = program("memory", *small, "--out", tmp_path)
     assert result.returncode == 0, result.stderr

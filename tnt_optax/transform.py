@@ -60,7 +60,8 @@ def scale_by_tnt(
             blocks,
             momentum=None if options.momentum is None else jax.tree.map(zero_momentum, blocks, params),
             contractions=jax.tree.map(zero_factors, blocks, params),
-            damping=evaluate_schedule(options.damping, jnp.zeros([], jnp.int32)),
+            # A copy, because a caller may donate the state, but not an array of its own.
+            damping=jnp.array(evaluate_schedule(options.damping, jnp.zeros([], jnp.int32))),
         )
 
     def update(

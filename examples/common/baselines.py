@@ -27,17 +27,17 @@ class KroneckerState(NamedTuple):
 
 
 class Averages(TypedDict, total=False):
-    """What all here have in common with `tnt_optax.tnt`.
+    """The arguments that all these optimizers have in common with `tnt_optax.tnt`.
 
     Attributes:
-      decay: of the moving averages of the statistics, whose first ones are a plain mean; 0.9.
+      statistics_decay: of the moving averages of the statistics, whose first ones are a plain mean; 0.9.
       momentum: accumulated before preconditioning, not dampened; 0.9.
       statistics_period: every how many steps the averages absorb a new observation; 1.
       inverse_period: every how many steps inverses or roots are computed; in the first of these periods with every
         observation that is absorbed; 20.
     """
 
-    decay: float
+    statistics_decay: float
     momentum: float
     statistics_period: int
     inverse_period: int
@@ -245,7 +245,7 @@ def _by_kronecker(
     precondition: Callable[[Any, Any], Any],
     *,
     is_block: Callable[[Any], bool] | None,
-    decay: float = 0.9,
+    statistics_decay: float = 0.9,
     momentum: float = 0.9,
     statistics_period: int = 1,
     inverse_period: int = 20,
@@ -258,7 +258,7 @@ def _by_kronecker(
       invert: (a block of parameters, its statistics) -> its inverses, of the same shapes.
       precondition: (a block of the momentum, its inverses) -> the direction.
       is_block: which nodes of the parameters' tree are blocks; None: the leaves.
-      decay, momentum, statistics_period, inverse_period: see `Averages`.
+      statistics_decay, momentum, statistics_period, inverse_period: see `Averages`.
     """
 
     def init(params: optax.Params) -> KroneckerState:
@@ -298,7 +298,7 @@ def _by_kronecker(
             return updates, state._replace(inverses=refresh(state.statistics))
         absorb_now = t % statistics_period == 0
         refresh_now = (t % inverse_period == 0) | (absorb_now & (t < inverse_period))
-        weight = jnp.maximum(1 - decay, 1 / (n + 1))
+        weight = jnp.maximum(1 - statistics_decay, 1 / (n + 1))
         statistics = lax.cond(absorb_now, lambda: absorb(weight), lambda: state.statistics)
         inverses = lax.cond(refresh_now, lambda: refresh(statistics), lambda: state.inverses)
         n = jnp.where(absorb_now, n + 1, n)

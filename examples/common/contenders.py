@@ -1,4 +1,4 @@
-"""Optimizers that race: each takes one step of the same problem when told to."""
+"""Optimizers whose steps are timed: each takes one step of the same problem at a time."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import optax
 
 import tnt_optax
 from common.baselines import shampoo
-from common.training import Problem, sampled_on_a_part
+from common.training import Problem, subsampled
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ def contenders(kfac_problem: Callable[[], Problem]) -> dict[str, Callable[[Probl
     """All of them by name; each raises what it fails with. `kfac_problem` makes a problem that kfac-jax can trace."""
     learning_rate = 1e-4  # No step gets far; only its cost is measured.
 
-    def tnt(statistics_period: int, inverse_period: int, share: int = 1, **tx_options: Any) -> Any:
+    def tnt(statistics_period: int, inverse_period: int, subsample: int = 1, **tx_options: Any) -> Any:
         tx = tnt_optax.tnt(
             learning_rate,
             damping=0.1,
@@ -38,8 +38,8 @@ def contenders(kfac_problem: Callable[[], Problem]) -> dict[str, Callable[[Probl
             inverse_period=inverse_period,
             **tx_options,
         )
-        share = 0 if tx_options.get("fisher") == "empirical" else share
-        return functools.partial(with_optax, tx=tx, early_steps=inverse_period, share=share)
+        subsample = 0 if tx_options.get("fisher") == "empirical" else subsample
+        return functools.partial(with_optax, tx=tx, early_steps=inverse_period, subsample=subsample)
 
     def psgd(problem: Problem) -> Contender:
         psgdax: Any = importlib.import_module("psgdax")
@@ -51,8 +51,8 @@ def contenders(kfac_problem: Callable[[], Problem]) -> dict[str, Callable[[Probl
         "Muon": functools.partial(with_optax, tx=optax.contrib.muon(learning_rate)),
         "TNT (10, 100)": tnt(10, 100),
         "TNT (1, 20)": tnt(1, 20),
-        "TNT (1, 20), 20 parts": tnt(1, 20, refresh_parts=20),
-        "TNT (1, 20), 1/8 sampled": tnt(1, 20, share=8),
+        "TNT (1, 20), 20 parts": tnt(1, 20, inverse_parts=20),
+        "TNT (1, 20), 1/8 sampled": tnt(1, 20, subsample=8),
         "TNT-EF (1, 20)": tnt(1, 20, fisher="empirical"),
         "kfac-jax NaiveTNT (1, 20)": lambda _: with_kfac_jax(kfac_problem(), learning_rate),
         "PSGD-Kron (1/20)": psgd,
@@ -60,24 +60,24 @@ def contenders(kfac_problem: Callable[[], Problem]) -> dict[str, Callable[[Probl
     }
 
 
-def with_optax(problem: Problem, tx: Any, *, early_steps: int = 0, share: int = 0) -> Contender:
+def with_optax(problem: Problem, tx: Any, *, early_steps: int = 0, subsample: int = 0) -> Contender:
     """A gradient transformation.
 
     Args:
       problem: what it trains.
       tx: the transformation.
-      early_steps: the first ones, in which it refreshes its inverses more often, and which are skipped.
-      share: 0: no labels are sampled; 1: for all examples; else for one in so many of a batch, with a forward pass of
-        their own.
+      early_steps: the number of first steps, in which it updates its inverses more often; they are skipped.
+      subsample: 0: no labels are sampled; 1: for all examples; else for one in so many of a batch, with a forward pass
+        of their own.
     """
-    value_and_grads = sampled_on_a_part(
-        tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive, scale="fisher"), max(share, 1)
+    value_and_grads = subsampled(
+        tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive), max(subsample, 1)
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, opt_state: Any, inputs: Any, targets: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
         loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
-        extra = {"sampled_grads": sampled_grads} if share else {}
+        extra = {"sampled_grads": sampled_grads} if subsample else {}
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state, loss
 

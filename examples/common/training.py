@@ -49,9 +49,9 @@ class Problem:
 
 @dataclasses.dataclass
 class Curve:
-    """What came of a training: losses at the start and after every epoch, and the seconds of its steps alone.
+    """The result of a training: losses at the start and after every epoch, and the seconds of its steps alone.
 
-    Those of the warm start are counted apart, with its compilation.
+    The seconds of the warm start, with its compilation, are counted apart.
     """
 
     train_loss: list[float] = dataclasses.field(default_factory=list)
@@ -73,17 +73,17 @@ def batches(problem: Problem, epoch: int, seed: int) -> Iterator[tuple[jax.Array
         yield problem.train[0][chosen], problem.train[1][chosen]
 
 
-def sampled_on_a_part(value_and_grads: Any, share: int) -> Any:
-    """`value_and_grads`, but the labels are sampled for one in `share` examples only, with a forward pass of their own.
+def subsampled(value_and_grads: Any, subsample: int) -> Any:
+    """`value_and_grads`, but labels are sampled for one in `subsample` examples only, with a forward pass of their own.
 
-    The sampled gradient of a part has the same distribution at `scale="fisher"`, and costs a part of the time.
+    With `scale="fisher"` the sampled gradient of a part has the same covariance, and costs a part of the time.
     """
-    if share == 1:
+    if subsample == 1:
         return value_and_grads
 
     def with_a_part(params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> Any:
         loss, grads, _ = value_and_grads(params, inputs, targets, key)
-        size = len(inputs) // share
+        size = len(inputs) // subsample
         return loss, grads, lambda: value_and_grads(params, inputs[:size], targets[:size], key)[2]()
 
     return with_a_part
@@ -97,7 +97,7 @@ def refuse_another_run(folder: Path, saved: Mapping[str, str], here: Mapping[str
 
 
 class Checkpoints:
-    """The latest state of a training and what is told about it, in a folder; without a folder, nowhere."""
+    """The latest state of a training and its metadata, saved in a folder; without a folder, nothing is saved."""
 
     def __init__(self, folder: Path | None):
         keep = ocp.checkpoint_managers.LatestN(1)
@@ -112,15 +112,15 @@ class Checkpoints:
             self._manager.close()
 
     def latest(self, like: Any) -> tuple[Any, Any] | None:
-        """The state, of the structure, shapes and dtypes of `like`, and what was told; None without a checkpoint."""
+        """The state, of the structure, shapes and dtypes of `like`, and the metadata; None without a checkpoint."""
         if self._manager is None or (step := self._manager.latest_step()) is None:
             return None
-        told = self._manager.metadata(step).custom_metadata
-        return self._manager.restore(step, args=ocp.args.StandardRestore(like)), told
+        metadata = self._manager.metadata(step).custom_metadata
+        return self._manager.restore(step, args=ocp.args.StandardRestore(like)), metadata
 
-    def save(self, step: int, state: Any, told: Any) -> None:
+    def save(self, step: int, state: Any, metadata: Any) -> None:
         if self._manager:
-            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=told)
+            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=metadata)
             self._manager.wait_until_finished()  # The next step reuses the memory of this state.
 
 
@@ -131,7 +131,7 @@ class Trainer:
       problem: what is trained.
       optimizer: a function of the hyper-parameters that returns a gradient transformation.
       scale: of the sampled gradient, see `tnt_optax.value_and_sampled_grad`.
-      share: labels are sampled for one in so many examples of a batch.
+      subsample: labels are sampled for one in so many examples of a batch.
       value_and_grads: in place of that of `tnt_optax.value_and_sampled_grad`, for an optimizer whose statistics are of
         something else.
       warm_start: in place of `tnt_optax.warm_start`.
@@ -143,12 +143,12 @@ class Trainer:
         optimizer: Callable[..., optax.GradientTransformation],
         *,
         scale: Literal["mean", "fisher"] = "fisher",
-        share: int = 1,
+        subsample: int = 1,
         value_and_grads: Any = None,
         warm_start: Callable[..., Any] = tnt_optax.warm_start,
     ):
         self.problem, self.warm_start = problem, warm_start
-        # The numbers live in the optimizer's state, so that one compiled step serves all of their values.
+        # The hyper-parameters are in the optimizer's state, so that one compiled step works for all of their values.
         self.optimizer = optax.inject_hyperparams(optimizer, hyperparam_dtype=jnp.float32)
 
         def of_the_problem(params: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> Any:
@@ -158,11 +158,11 @@ class Trainer:
             )
 
         value_and_grads = value_and_grads or of_the_problem
-        of_a_part = sampled_on_a_part(value_and_grads, share)
+        with_subsample = subsampled(value_and_grads, subsample)
 
         @functools.partial(jax.jit, static_argnames="tx", donate_argnames=("params", "opt_state"))
         def step(params: Any, opt_state: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array, *, tx: Any):
-            loss, grads, sampled_grads = of_a_part(params, *batch, key)
+            loss, grads, sampled_grads = with_subsample(params, *batch, key)
             # First-order optimizers ignore `sampled_grads`, a function, which then costs nothing.
             updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
             return optax.apply_updates(params, updates), opt_state, loss
