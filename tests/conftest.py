@@ -1,4 +1,4 @@
-"""Settings for all tests: strict dtype promotion, and one cache of compiled programs for all processes."""
+"""Settings for all tests: strict dtype promotion, fast compilation, one cache of compiled programs."""
 
 import os
 from pathlib import Path
@@ -22,3 +22,10 @@ def _strict_promotion(request):
         return
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fast_compilation(request):
+    """`make test` leaves XLA's optimizations out, but for tests about compiled programs; `make test-all` has them."""
+    quick = request.config.option.markexpr == "not slow" and "optimized" not in request.keywords
+    jax.config.update("jax_disable_most_optimizations", quick)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_examples import little_optimized
 
 import tnt_optax
 
@@ -36,7 +35,6 @@ def train(directory, steps, *arguments):
     with (
         mock.patch.object(sys, "argv", [str(word) for word in words]),
         contextlib.redirect_stdout(io.StringIO()) as stdout,
-        little_optimized(),
         jax.numpy_dtype_promotion("standard"),  # Flax relies on it.
     ):
         runpy.run_path(PROGRAM, run_name="__main__")

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,16 +23,6 @@ def programs():
             yield pytest.param(page, line, match.group(1), id=f"{page.name}:{line}")
 
 
-@pytest.fixture
-def quick_compilation():
-    """The programs run for a moment only, and most of their time is that of XLA's optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("page", "line", "source"), list(programs()))
 def test_program(page, line, source):
     if "sklearn" in source:

@@ -33,17 +33,6 @@ ROOT = Path(__file__).parent.parent
 SMALL = ("--widths", 4, "--batch-size", 400)  # A network that compiles fast, and three steps an epoch.
 
 
-@contextlib.contextmanager
-def little_optimized():
-    """Compiles faster: compilation is most of the time of these tests."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 def program(name, *arguments):
     """The result of a program whose `main` runs in this process, where JAX is imported already."""
     main = importlib.import_module(name).main
@@ -54,7 +43,6 @@ def program(name, *arguments):
         mock.patch.dict(os.environ, COLUMNS="120"),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
-        little_optimized(),
         jax.numpy_dtype_promotion("standard"),  # Flax and Optax rely on it.
     ):
         try:
@@ -228,7 +216,6 @@ def test_bench_of_a_small_problem():
     others = ["Adam", "Muon", "TNT (10, 100)", "TNT (1, 20), 20 parts", "TNT-EF (1, 20)", "Shampoo (1, 20)"]
     skipped = [*others, "kfac-jax NaiveTNT (1, 20)", "PSGD-Kron (1/20)", "TNT (1, 20), 1/8 sampled"]
     with (
-        little_optimized(),
         jax.numpy_dtype_promotion("standard"),
         report.progress_bar(Console(file=io.StringIO())) as progress,
     ):

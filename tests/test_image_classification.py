@@ -20,7 +20,6 @@ from common import cifar
 from common.models import VGG16, ResNet32
 from flax import nnx
 from helpers import count
-from test_examples import little_optimized
 from test_examples import program as run_program
 
 ROOT = Path(__file__).parent.parent
@@ -29,8 +28,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _strict_promotion():
     """Not here: Flax itself relies on implicit promotion."""
-    with little_optimized():
-        yield
 
 
 def params_of(make):

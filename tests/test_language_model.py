@@ -21,7 +21,6 @@ from common import data
 from common.models import StackedTransformer
 from common.problems import language_problem, shifted
 from flax import nnx
-from test_examples import little_optimized
 from test_examples import program as run
 
 import tnt_optax
@@ -32,7 +31,7 @@ LENGTH = 8
 
 @pytest.fixture(autouse=True)
 def _implicit_promotion():
-    with jax.numpy_dtype_promotion("standard"), little_optimized():  # Flax relies on implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):  # Flax relies on implicit promotion.
         yield
 
 

@@ -21,14 +21,12 @@ def assert_same_params(params, expected, rtol):
 
 
 class AgainstTheReference(parameterized.TestCase):
-    @parameterized.product(
-        [
-            {"periods": (1, 1), "max_dim": 1000},
-            {"periods": (2, 5), "max_dim": 1000},
-            {"periods": (3, 4), "max_dim": 4},  # Longer modes are diagonal.
-            {"periods": (10, 4), "max_dim": 1000},
-        ],
-        warm=[False, True],
+    @parameterized.parameters(
+        {"periods": (1, 1), "max_dim": 1000, "warm": False},
+        {"periods": (2, 5), "max_dim": 1000, "warm": True},
+        {"periods": (3, 4), "max_dim": 4, "warm": False},  # Longer modes are diagonal.
+        {"periods": (3, 4), "max_dim": 4, "warm": True},
+        {"periods": (10, 4), "max_dim": 1000, "warm": False},
     )
     def test_27_steps(self, periods, warm, max_dim):
         statistics_period, inverse_period = periods
@@ -298,9 +296,10 @@ def test_the_derivative_through_an_update_is_finite_without_statistics():
         tx = tnt(0.1)
         return jnp.sum(tx.update(g, tx.init(g), sampled_grads=sampled)[0])
 
-    assert np.isfinite(jax.grad(norm)(jnp.zeros((2, 3)))).all()
+    assert np.isfinite(jax.jit(jax.grad(norm))(jnp.zeros((2, 3)))).all()
 
 
+@pytest.mark.optimized
 def test_the_compiled_program_grows_in_proportion_to_the_parameters():
     """XLA may put a number that concerns all parameters, and all that it is made of, into the code for each of them."""
 

@@ -26,7 +26,12 @@ def mesh_of(kind):
     return jax.make_mesh((4, 2), BOTH, axis_types=(kind, kind))
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+# Most of what is tested holds for both kinds of axes; those that differ more are quick.
+KINDS = [pytest.param(AxisType.Auto, id="Auto"), pytest.param(AxisType.Explicit, id="Explicit")]
+ONE_QUICK = [pytest.param(AxisType.Auto, id="Auto", marks=pytest.mark.slow), KINDS[1]]
+
+
+@pytest.fixture(params=KINDS)
 def mesh(request):
     mesh = mesh_of(request.param)
     with jax.set_mesh(mesh):
@@ -132,6 +137,7 @@ def test_equals_one_device_and_stays_divided(mesh, way, inverse_axis):
         assert all(array.size == parts * array.addressable_shards[0].data.size for array in arrays)
 
 
+@pytest.mark.parametrize("mesh", ONE_QUICK, indirect=True)
 def test_warm_start_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     params = put(params, mesh, SPECS["FSDP"])
@@ -142,6 +148,7 @@ def test_warm_start_on_a_mesh(mesh):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
 
 
+@pytest.mark.parametrize("mesh", ONE_QUICK, indirect=True)
 def test_diagnostics_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     state = trained(
@@ -182,6 +189,7 @@ def test_within_a_shard_map_over_some_of_the_axes(mesh):
     np.testing.assert_allclose(jax.jit(on_a_mesh)(params)["w"], updates(params)["w"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mesh", ONE_QUICK, indirect=True)
 def test_microbatches_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     params, data = put(params, mesh, SPECS["FSDP"]), put((inputs, labels), mesh, (P("data"), P("data")))
@@ -190,6 +198,7 @@ def test_microbatches_on_a_mesh(mesh):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
 
 
+@pytest.mark.optimized
 def test_each_device_computes_its_share_of_the_inverses():
     # No two of one length, because XLA counts the body of a loop over equal ones once.
     dims = [(d, d + 8) for d in range(128, 256, 16)]
