@@ -262,6 +262,7 @@ def test_narrow_dtypes_do_not_overflow_before_the_learning_rate():
     tx = tnt(1e3, damping=0.01, momentum=0.0)
     updates, state = tx.update(grads, tx.init(params), params, sampled_grads=jnp.zeros_like(params))
     assert not np.any(updates)
+    assert not np.any(tnt_state(state).momentum)
     assert_rejected(state, gradients=1)
 
 

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from tnt_optax import checks, sharding
-from tnt_optax.numerics import all_finite, count_events, evaluate_schedule, widen
-from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule
-from tnt_optax.state import check_state
-from tnt_optax.transform import scale_by_tnt
+from tnt_optax.numerics import evaluate_schedule
+from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule, Options
+from tnt_optax.transform import direction, guarded
 from tnt_optax.views import ViewFn
 
 
@@ -105,45 +104,21 @@ def tnt(
         radius = radius_of_direction
     # Without decay, `update` works without `params` too.
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    return _guarded(
-        scale_by_tnt(
-            damping=damping,
-            statistics_decay=statistics_decay,
-            momentum=momentum,
-            statistics_period=statistics_period,
-            inverse_period=inverse_period,
-            fisher=fisher,
-            trust_radius=radius,
-            views=views,
-            max_dim=max_dim,
-            inverse_parts=inverse_parts,
-            inverse_axis=inverse_axis,
-        ),
+    options = Options(
+        damping=damping,
+        statistics_decay=statistics_decay,
+        momentum=momentum,
+        statistics_period=statistics_period,
+        inverse_period=inverse_period,
+        fisher=fisher,
+        trust_radius=radius,
+        views=views,
+        max_dim=max_dim,
+        inverse_parts=inverse_parts,
+        inverse_axis=inverse_axis,
+    )
+    return guarded(
+        direction(options),
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
-
-
-def _guarded(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A chain that begins with `scale_by_tnt`, computed in float32 or better, with finite updates.
-
-    A step that overflows behind `scale_by_tnt` (in its last cast, say) is zero, and counted in its state. Where
-    `scale_by_tnt` rejected the step, or has no statistics yet, the whole step is zero, weight decay included.
-    """
-    chain = optax.chain(*transformations)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        before = check_state(state[0] if isinstance(state, tuple) and state else state)
-        checks.check_floating("updates", updates)
-        new_state: Any
-        scaled, new_state = chain.update(widen(updates), state, widen(params), **extra_args)
-        after = new_state[0]
-        scaled = optax.tree.cast_like(scaled, updates)
-        accepted = all_finite(scaled) & (after.rejected_gradients == before.rejected_gradients)
-        after = after._replace(rejected_gradients=count_events(before.rejected_gradients, ~accepted))
-        moves = accepted & (after.statistics_count > 0)
-        return optax.tree.where(moves, scaled, optax.tree.zeros_like(scaled)), (after, *new_state[1:])
-
-    return optax.GradientTransformationExtraArgs(chain.init, update)

@@ -1,4 +1,4 @@
-"""The phases of a step in the notation of Algorithm 3: absorb, refresh, accumulate, precondition, bound, finish.
+"""The phases of a step in the notation of Algorithm 3: absorb, refresh, accumulate, precondition, bound, guard.
 
 Every phase takes a tree of `Block`s, which is what is static about the parameters. On a mesh, results are sharded as
 the state is.
@@ -148,23 +148,22 @@ def bound(options: Options, direction: Any, momentum: Any, t: jax.Array) -> tupl
     return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction), exceeds
 
 
-def finish(
-    gradients: Any, direction: Any, momentum: Any, bounded: jax.Array, state: TNTState
-) -> tuple[optax.Updates, TNTState]:
+def guard(gradients: Any, updates: Any, before: TNTState, after: TNTState) -> tuple[optax.Updates, TNTState]:
     """The updates in the gradients' dtypes, and the state after the step.
 
-    A step that is not finite is rejected as a whole: its update is zero, and the momentum keeps its value.
+    A step that is not finite is rejected as a whole: its update is zero, and the momentum keeps its value. So is the
+    update before there are statistics.
     """
-    direction = optax.tree.cast_like(direction, gradients)
-    # What is not finite in the gradient or the momentum is not finite in the direction either.
-    finite = all_finite(direction)
-    state = state._replace(
-        count=optax.safe_increment(state.count),
-        momentum=None if state.momentum is None else optax.tree.where(finite, momentum, state.momentum),
-        bounded_steps=count_events(state.bounded_steps, bounded & finite),
-        rejected_gradients=count_events(state.rejected_gradients, ~finite),
+    updates = optax.tree.cast_like(updates, gradients)
+    # What is not finite in the gradient or the momentum is not finite in the updates either.
+    finite = all_finite(updates)
+    state = after._replace(
+        momentum=optax.tree.where(finite, after.momentum, before.momentum),
+        bounded_steps=jnp.where(finite, after.bounded_steps, before.bounded_steps),
+        rejected_gradients=count_events(before.rejected_gradients, ~finite),
     )
-    return optax.tree.where(finite, direction, optax.tree.zeros_like(direction)), state
+    moves = finite & (after.statistics_count > 0)
+    return optax.tree.where(moves, updates, optax.tree.zeros_like(updates)), state
 
 
 def _average(

@@ -8,7 +8,7 @@ import optax
 
 from tnt_optax import checks, phases, sharding
 from tnt_optax.blocks import Block, describe
-from tnt_optax.numerics import evaluate_schedule
+from tnt_optax.numerics import count_events, evaluate_schedule, widen
 from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule, Options
 from tnt_optax.state import TNTState, check_state, init_state, match_factors, match_updates
 from tnt_optax.views import ViewFn
@@ -43,7 +43,11 @@ def scale_by_tnt(
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `TNTState`. `update` and the errors are those of `tnt`.
     """
-    options = Options(**locals())  # All arguments, by their names.
+    return guarded(direction(Options(**locals())))  # All arguments, by their names.
+
+
+def direction(options: Options) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_tnt` without its guard: directions in float32 or better that may not be finite."""
 
     def init(params: optax.Params) -> TNTState:
         checks.check_floating("params", params)
@@ -74,19 +78,47 @@ def scale_by_tnt(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TNTState]:
         del params, extra_args
-        gradients = match_updates(updates, check_state(state))
-        blocks = describe(gradients, options.views, options.max_dim)
+        blocks = describe(updates, options.views, options.max_dim)
         state = match_factors(blocks, state)
         if warm_start is not None:
-            return gradients, _warm_start(options, blocks, state, warm_start, sampled_grads)
-        t, statistics = state.count, _statistics(options, gradients, sampled_grads)
+            return updates, _warm_start(options, blocks, state, warm_start, sampled_grads)
+        t, statistics = state.count, _statistics(options, updates, sampled_grads)
         due = phases.statistics_due(options, t)
         state = phases.absorb(blocks, state, statistics, due=due, decay=options.statistics_decay)
         state = phases.refresh(options, blocks, state, due=phases.inverses_due(options, t))
-        momentum = phases.accumulate(options, state.momentum, gradients)
-        direction = phases.precondition(blocks, state.inverses, momentum)
-        direction, bounded = phases.bound(options, direction, momentum, t)
-        return phases.finish(gradients, direction, momentum, bounded, state)
+        momentum = phases.accumulate(options, state.momentum, updates)
+        p = phases.precondition(blocks, state.inverses, momentum)
+        p, bounded = phases.bound(options, p, momentum, t)
+        return p, state._replace(
+            count=optax.safe_increment(t),
+            momentum=None if options.momentum is None else momentum,
+            bounded_steps=count_events(state.bounded_steps, bounded),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def guarded(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A chain that begins with `direction`, computed in float32 or better, with the guard behind it.
+
+    Its state is that of the chain; of `direction` alone, the `TNTState` itself.
+    """
+    chain, alone = optax.chain(*transformations), len(transformations) == 1
+
+    def init(params: optax.Params) -> Any:
+        states: Any = chain.init(params)
+        return states[0] if alone else states
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        states = (state,) if alone else state
+        before = check_state(states[0] if isinstance(states, tuple) and states else states)
+        gradients = match_updates(updates, before)
+        new_states: Any
+        new_updates, new_states = chain.update(gradients, states, widen(params), **extra_args)
+        new_updates, after = phases.guard(gradients, new_updates, before, new_states[0])
+        return new_updates, after if alone else (after, *new_states[1:])
 
     return optax.GradientTransformationExtraArgs(init, update)
 
