@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tnt_optax import TensorView
-from tnt_optax.blocks import describe, equal_parts, map_factors
+from tnt_optax.blocks import describe, equal_parts, map_normalized_factors
 from tnt_optax.factors import Dense, Diagonal
 
 VIEWS = {
@@ -112,7 +112,7 @@ def test_factors_of_one_shape_go_through_one_call():
         calls.append((factor, matrix.shape))
         return {"matrix": matrix, "inverse": factor.inverse(matrix, jnp.float32(0.1))}
 
-    results = map_factors(read, leaves, contractions)
+    results = map_normalized_factors(read, leaves, contractions)
     # Of dense factors: 2x2 of four parameters, 4x4 of two; of diagonal ones: 6, 4 and 30.
     assert sorted(shape for _, shape in calls) == [(2, 2), (4,), (4, 4), (6,), (30,)]
     for block, of_block, arrays in zip(leaves, results, contractions, strict=True):

@@ -277,6 +277,18 @@ def test_dtypes_through_a_conditional(variant, dtypes):
             np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_gradients_wider_than_the_parameters_leave_the_state_as_it_is(momentum):
+    with jax.enable_x64(True):
+        (params,), (grads,) = trees(0, 1), trees(1, 1, jnp.float64)
+        tx = tnt(0.1, momentum=momentum, **SHORT)
+        state, step = tx.init(params), jax.jit(lambda g, s: tx.update(g, s, params, sampled_grads=g))
+        for _ in range(2):
+            updates, new_state = step(grads, state)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+
+
 def test_none_and_empty_and_scalar_leaves(variant):
     grads = {"matrix": jnp.ones((3, 2)), "none": None, "empty": jnp.zeros((0, 3)), "scalar": jnp.float32(2), "()": ()}
     tx = variant(0.1, trust_radius=0.5)

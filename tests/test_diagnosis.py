@@ -353,6 +353,9 @@ def test_without_momentum():
     chex.assert_trees_all_equal(diagnostics(state, grads=grads, updates=updates), expected)
     with pytest.raises(ValueError, match=r"updates: expected"):
         diagnostics(state, grads=grads, updates={"dense": updates["dense"]})
+    masked = optax.masked(tx, lambda tree: {k: k == "dense" for k in tree})
+    inside = diagnostics(trained(masked, steps=3)[0], grads=grads, updates=updates)
+    assert {key.split("/")[0] for key in inside if key.endswith("cosine")} == {"dense"}
 
 
 def test_nnx():

@@ -86,6 +86,20 @@ def test_inverses_that_are_not_finite_are_not_taken(variant):
     chex.assert_tree_all_finite((updates, after))
 
 
+@pytest.mark.parametrize("damping", [0.0, -9.0])
+def test_a_schedule_of_the_damping_that_is_not_positive_changes_no_inverse(damping):
+    """Also of a diagonal factor, whose inverse would be finite, and negative."""
+    views = {1: TensorView(((0,),), diagonal_modes=(0,))}
+    update, before = started(
+        "tnt",
+        damping=lambda t: jnp.where(t < 3, jnp.float32(0.1), jnp.float32(damping)),
+        views=lambda path, shape: views.get(len(shape)),
+    )
+    _, after = update(random_tree(1), before, random_tree(2))
+    chex.assert_trees_all_equal(tnt_state(after).inverses, tnt_state(before).inverses)
+    assert_rejected(after, inverses=2)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("trust_radius", [None, 0.1])
 def test_nothing_moves_before_there_are_statistics(variant, trust_radius):

@@ -39,6 +39,17 @@ def test_padded_positions_have_no_gradient_even_where_they_are_not_finite():
     assert Categorical(weights=jnp.zeros(4)).loss(outputs_of((4, 5)), labels) == 0
 
 
+@pytest.mark.parametrize("label", [-1, -100, 5])
+def test_a_label_that_is_no_class_has_no_finite_gradient(label):
+    """Optax takes -1 for the last class, and gives others a loss that is NaN with a finite gradient."""
+    logits, labels = jnp.asarray(outputs_of((3, 5))), jnp.array([0, label, 1])
+    loss, gradient = jax.value_and_grad(Categorical().loss)(logits, labels)
+    assert np.isnan(loss)
+    assert np.isnan(gradient[1]).all()
+    weighted = Categorical(weights=labels == jnp.array([0, 9, 1])).loss(logits, labels)
+    assert weighted == pytest.approx(float(Categorical().loss(logits[::2], labels[::2])), rel=1e-6)
+
+
 def test_bernoulli_loss_is_summed_over_outputs_and_averaged_over_the_batch():
     logits = outputs_of((4, 2, 3))
     targets = np.random.default_rng(1).uniform(size=(4, 2, 3)).astype(np.float32)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from tnt_optax import TensorView, scale_by_tnt
-from tnt_optax.blocks import describe, map_factors
+from tnt_optax.blocks import describe, map_normalized_factors
 
 STEPS = 6
 # The same examples on every run: a failure is a change of the library, never luck. Hypothesis' explanations of
@@ -317,7 +317,7 @@ def test_scaled_sampled_gradients_scale_the_contractions_and_leave_mean_eigenval
         np.testing.assert_allclose(as_matrix(c), scale**2 * expected, rtol=0, atol=tolerance)
     with jax.enable_x64(case.dtype == jnp.float64):
         block = describe(jnp.zeros(case.shape, case.dtype), lambda path, shape: case.view, case.max_dim)
-        (modes,) = map_factors(lambda factor, u: u, [block], [[jnp.asarray(c) for c in ours]])
+        (modes,) = map_normalized_factors(lambda factor, u: u, [block], [[jnp.asarray(c) for c in ours]])
         normalized = [as_matrix(np.asarray(u)) for u in modes]
     c0 = (scale**2 * np.trace(algorithm.contractions[0][0]) / math.prod(view)) ** (1 / len(view))
     # The same roundings, now of sums of numbers that are not negative, and those of k-th roots.

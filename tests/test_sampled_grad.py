@@ -143,6 +143,23 @@ def test_a_loss_of_its_own_changes_loss_and_gradient_only(microbatches):
     chex.assert_trees_all_equal(sampled_grads(), plain[2]())
 
 
+def test_a_microbatch_without_weights_has_no_part_in_a_loss_of_its_own():
+    """The mean over no examples is 0/0, in the loss and in its gradient."""
+    params, inputs = problem()
+    mask, labels, key = jnp.array([1.0, 0.0, 1.0, 0.0]), jnp.zeros(4, int), jax.random.key(0)
+
+    def masked(outputs, targets):
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets["labels"])
+        return jnp.sum(targets["mask"] * losses) / jnp.sum(targets["mask"])
+
+    def run(microbatches):
+        options = {"loss": masked, "microbatches": microbatches}
+        value_and_grads = value_and_sampled_grad(forward, Categorical(weights=mask), **options)
+        return value_and_grads(params, inputs[:4], {"labels": labels, "mask": mask}, key)[:2]
+
+    chex.assert_trees_all_close(run(2), run(1), rtol=1e-5)  # Part 1 has the masked examples; float32.
+
+
 @pytest.mark.parametrize("microbatches", [1, 5])
 def test_a_regularizer_is_added_to_loss_and_gradient_once(microbatches):
     params, inputs = problem()
@@ -295,6 +312,21 @@ def test_what_forward_closes_over_crosses_a_jit_boundary(microbatches):
         expected = jax.jit(lambda params, key: step(params, key)())(params, jax.random.key(seed))
         chex.assert_trees_all_close(call(sampled_grads), expected, rtol=1e-5, atol=1e-7)  # float32
     assert len(traces) == 1
+
+
+def test_outputs_that_are_no_floats_name_has_aux():
+    value_and_grads = value_and_sampled_grad(lambda p, x: (forward(p, x), jnp.int32(1)), Categorical())
+    params, inputs = problem()
+    with pytest.raises(TypeError, match=r"outputs: expected real floating-point arrays, got int32.*has_aux=True"):
+        value_and_grads(params, inputs, jnp.zeros(5, int), jax.random.key(0))
+
+
+@pytest.mark.parametrize("value", [None, (jnp.float32(1), 2)])
+def test_a_loss_that_returns_no_array(value):
+    params, inputs = problem()
+    value_and_grads = value_and_sampled_grad(forward, Categorical(), loss=lambda outputs, targets: value)
+    with pytest.raises(TypeError, match=r"^loss: expected it to return a scalar, got (NoneType|tuple)"):
+        value_and_grads(params, inputs, jnp.zeros(5, int), jax.random.key(0))
 
 
 @pytest.mark.parametrize("which", ["loss", "regularizer", "predictive.loss"])

@@ -1,5 +1,6 @@
 """Optimizers that are chains of this library's transformations and Optax's own."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -61,8 +62,9 @@ def tnt(
         ablation TNT-EF) and needs no `sampled_grads`.
       trust_radius: None, or r, a number or a schedule: the step u = -learning_rate * p of all parameters together is
         shortened where <u, F u>, F being the damped estimated Fisher matrix, exceeds r^2. With `scale="fisher"` of
-        `value_and_sampled_grad` that is twice the KL divergence, per example, between the predictions before and
-        after the step; with "mean", this divided by the batch size. Without a learning rate the bound is on p.
+        `value_and_sampled_grad`, <u, F u> estimates twice the KL divergence, per example, between the predictions
+        before and after the step, too small while the statistics are of few batches; with "mean", it is divided by
+        the batch size. Without a learning rate the bound is on p.
       views: None, or a function (path, shape) -> `TensorView` or None that says how a parameter is viewed as a tensor.
         The path is the one that `jax.tree_util.tree_map_with_path` passes. None means the default: one mode for each
         axis, and with four or more axes all but the last two merged into one (convolution kernels).
@@ -94,14 +96,6 @@ def tnt(
     if learning_rate is not None:
         checks.check_number("learning_rate", learning_rate, schedule=True)
     checks.check_number("weight_decay", weight_decay, 0, closed=True)
-    radius = trust_radius
-    if trust_radius is not None and learning_rate is not None:
-        checks.check_number("trust_radius", trust_radius, 0, schedule=True)
-
-        def radius_of_direction(t: Any) -> jax.Array:  # The step is learning_rate times the direction.
-            return evaluate_schedule(trust_radius, t) / jnp.abs(evaluate_schedule(learning_rate, t))
-
-        radius = radius_of_direction
     # Without decay, `update` works without `params` too.
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     options = Options(
@@ -111,14 +105,21 @@ def tnt(
         statistics_period=statistics_period,
         inverse_period=inverse_period,
         fisher=fisher,
-        trust_radius=radius,
+        trust_radius=trust_radius,
         views=views,
         max_dim=max_dim,
         inverse_parts=inverse_parts,
         inverse_axis=inverse_axis,
     )
-    return guarded(
+    if trust_radius is not None and learning_rate is not None:
+
+        def radius_of_direction(t: Any) -> jax.Array:  # The step is learning_rate times the direction.
+            return evaluate_schedule(trust_radius, t) / jnp.abs(evaluate_schedule(learning_rate, t))
+
+        options = dataclasses.replace(options, trust_radius=radius_of_direction)
+    chain = optax.chain(
         direction(options),
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
+    return guarded(chain)

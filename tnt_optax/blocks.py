@@ -1,5 +1,6 @@
 """The static description of the parameters, made once per trace, and the order in which their inverses are updated."""
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -96,7 +97,7 @@ def describe(params: optax.Params, views: ViewFn | None, max_dim: int) -> Any:
     return jax.tree_util.tree_map_with_path(of_one, params)
 
 
-def map_factors(
+def map_normalized_factors(
     function: Callable[[Factor, jax.Array], Any],
     blocks: Sequence[Block],
     contractions: Sequence[Sequence[jax.Array]],
@@ -158,6 +159,5 @@ def equal_parts(blocks: Sequence[Block], number: int) -> list[slice]:
     total = sum(costs) or 1.0
     before = itertools.accumulate(costs, initial=0.0)
     places = [min(int(number * cost / total), number - 1) for cost, _ in zip(before, costs, strict=False)]
-    return [
-        slice(places.index(i), places.index(i) + places.count(i)) if i in places else slice(0) for i in range(number)
-    ]
+    starts = [bisect.bisect_left(places, part) for part in range(number + 1)]
+    return list(map(slice, starts, starts[1:]))

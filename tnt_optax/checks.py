@@ -77,6 +77,8 @@ def check_floating(name: str, tree: Any) -> None:
 
 def check_scalar(name: str, value: Any) -> jax.Array:
     """A real floating-point number, which is returned as an array without axes."""
+    if value is None or not jax.tree_util.all_leaves([value]):
+        raise TypeError(f"{name}: expected it to return a scalar, got {type(value).__name__}.")
     if jnp.shape(value):
         raise ValueError(f"{name}: expected it to return a scalar, got an array of shape {jnp.shape(value)}.")
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -84,11 +86,11 @@ def check_scalar(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def match(name: str, tree: Any, other: Any, other_name: str) -> Any:
+def match(name: str, tree: Any, other: Any, other_name: str, *, shapes: bool = True) -> Any:
     """`tree` in the structure of `other`, or an error that names the first paths at which they differ.
 
-    The leaves of `other` have a shape. Where it holds None or an `optax.MaskedNode`, the part of `tree` is dropped.
-    Where it holds a leaf, `tree` may have a container with one array (a Flax variable).
+    The leaves of `other` have a shape, which is compared with `shapes`. Where it holds None or an `optax.MaskedNode`,
+    the part of `tree` is dropped. Where it holds a leaf, `tree` may have a container with one array (a Flax variable).
 
     Raises:
       ValueError: another structure, or another shape.
@@ -105,7 +107,7 @@ def match(name: str, tree: Any, other: Any, other_name: str) -> Any:
         where = f"{name}{keystr(path)}: expected"
         if len(arrays) != 1:
             raise ValueError(f"{where} one array, as in {other_name}, got {len(arrays)} arrays.")
-        if arrays[0] is not leaf and jnp.shape(arrays[0]) != leaf.shape:
+        if shapes and arrays[0] is not leaf and jnp.shape(arrays[0]) != leaf.shape:
             raise ValueError(f"{where} the shape {leaf.shape} of {other_name}, got {jnp.shape(arrays[0])}.")
         matched += arrays
     result = jax.tree.unflatten(structure, matched)
@@ -124,5 +126,5 @@ def _difference(name: str, tree: Any, other: Any, other_name: str) -> str:
     first = [f"{name}{min(paths)}" if paths else "none" for paths in (expected - got, got - expected)]
     return (
         f"{name}: expected the structure of {other_name}, got another one. First array that is missing: {first[0]}; "
-        f"first that is not expected: {first[1]}."
+        f"first that is not expected: {first[1]}; containers: {type(other).__name__}, got {type(tree).__name__}."
     )

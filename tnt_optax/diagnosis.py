@@ -9,7 +9,7 @@ import optax
 from jax.tree_util import keystr
 
 from tnt_optax import checks, sharding
-from tnt_optax.blocks import Block, map_factors
+from tnt_optax.blocks import Block, map_normalized_factors
 from tnt_optax.factors import Factor
 from tnt_optax.numerics import as_float, float32_or_better
 from tnt_optax.state import TNTState, describe_state, find_states
@@ -109,7 +109,9 @@ def _of_the_factors(state: TNTState) -> dict[str, jax.Array]:
     def of_factor(factor: Factor, matrix: jax.Array) -> dict[str, jax.Array]:
         return _of_a_factor(factor, matrix, damping.astype(matrix.dtype))
 
-    for (block, _, refreshed_at), modes in zip(described, map_factors(of_factor, blocks, contractions), strict=True):
+    for (block, _, refreshed_at), modes in zip(
+        described, map_normalized_factors(of_factor, blocks, contractions), strict=True
+    ):
         for mode, numbers in enumerate(modes):
             values |= {f"{_prefix(block)}mode_{mode}/{name}": value for name, value in numbers.items()}
         first = jnp.min(refreshed_at)  # Of a stack, the inverses that were updated first.
@@ -120,9 +122,10 @@ def _of_the_factors(state: TNTState) -> dict[str, jax.Array]:
 def _of_the_updates(state: TNTState, grads: Any, updates: Any) -> dict[str, jax.Array]:
     if grads is None:
         return {}
-    like = grads if state.momentum is None else state.momentum
+    # Without momentum the shapes of the parameters are not known.
+    shapes, like = state.momentum is not None, state.refreshed_at if state.momentum is None else state.momentum
     grads, updates = (
-        jax.tree.leaves(checks.match(name, tree, like, "the optimizer's state"))
+        jax.tree.leaves(checks.match(name, tree, like, "the optimizer's state", shapes=shapes))
         for name, tree in (("grads", grads), ("updates", updates))
     )
     values = {}

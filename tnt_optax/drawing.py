@@ -39,7 +39,7 @@ def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
         return [np.ravel(values[f"{row}/{what}"]) for row in rows]
 
     means, smallest, largest = (column(f"{which}_eigenvalue") for which in ("mean", "smallest", "largest"))
-    dampings = {float(value) for name, value in values.items() if name.endswith("tnt/damping")}
+    dampings = {float(x) for name, value in values.items() if name.endswith("tnt/damping") for x in np.ravel(value)}
     top = max([*dampings, *(float(np.max(x, initial=0)) for x in largest)])
     left_edge = min([1e-6 * top, *(0.1 * damping for damping in dampings)])
 

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from tnt_optax import checks, factors, numerics, sharding
-from tnt_optax.blocks import Block, equal_parts, map_factors
+from tnt_optax.blocks import Block, equal_parts, map_normalized_factors
 from tnt_optax.factors import Factor
 from tnt_optax.numerics import all_finite, as_float, as_int32, cond, count_events
 from tnt_optax.options import Options
@@ -85,6 +85,7 @@ def refresh(options: Options, blocks: Any, state: TNTState, *, due: list[bool | 
         structure.flatten_up_to(tree) for tree in (state.contractions, state.inverses, state.refreshed_at)
     )
     damping, rejected = numerics.evaluate_schedule(options.damping, state.count), state.rejected_inverses
+    damping = jnp.where(damping > 0, damping, jnp.nan)  # A schedule may be at fault: then all inverses are rejected.
     for part, now in zip(equal_parts(leaves, len(due)), due, strict=True):
         if not leaves[part]:
             continue
@@ -108,11 +109,10 @@ def refresh(options: Options, blocks: Any, state: TNTState, *, due: list[bool | 
 
 def accumulate(options: Options, momentum: Any, gradients: Any) -> Any:
     """m <- mu m + g in float32 or better; without momentum, g."""
-    gradients = numerics.widen(gradients)
     if options.momentum is None:
-        return gradients
+        return numerics.widen(gradients)
     mu = as_float(options.momentum)
-    return jax.tree.map(lambda m, g: mu.astype(m.dtype) * m + g, momentum, gradients)
+    return jax.tree.map(lambda m, g: mu.astype(m.dtype) * m + g.astype(m.dtype), momentum, gradients)
 
 
 def precondition(blocks: Any, inverses: Any, momentum: Any) -> Any:
@@ -121,10 +121,10 @@ def precondition(blocks: Any, inverses: Any, momentum: Any) -> Any:
     def of_block(block: Block, m: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Array:
         products = block.over_batch(functools.partial(factors.mode_products, block.factors))
 
-        def direction(m: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Array:
-            return block.from_tensor(products(block.to_tensor(m), matrices))
+        def in_its_shape(m: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Array:
+            return block.from_tensor(products(block.to_tensor(m.astype(matrices[0].dtype)), matrices))
 
-        return sharding.with_shardings_like(m, direction)(m, matrices)
+        return sharding.with_shardings_like(m, in_its_shape)(m, matrices)
 
     return jax.tree.map(of_block, blocks, momentum, inverses)
 
@@ -174,7 +174,7 @@ def _average(
         modes = enumerate(zip(block.factors, averages, strict=True))
         return tuple((1 - w) * c + w * factor.contraction(tensor, mode) for mode, (factor, c) in modes)
 
-    tensor = block.to_tensor(gradient.astype(block.dtype))
+    tensor = block.to_tensor(gradient.astype(contractions[0].dtype))
     return block.over_batch(of_one_tensor)(tensor, contractions)
 
 
@@ -191,7 +191,7 @@ def damped_inverses(
         # No element of a positive definite matrix exceeds those on its diagonal.
         return inverse, factor.trace(inverse)
 
-    return map_factors(invert, blocks, contractions, axis=axis)
+    return map_normalized_factors(invert, blocks, contractions, axis=axis)
 
 
 def _refresh_part(

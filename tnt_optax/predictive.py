@@ -59,6 +59,9 @@ class Categorical:
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """Cross-entropy, (weighted) mean over all labels: a scalar, float32 or better.
 
+        It is NaN, and so is its gradient, for a label that is not a class (-1 or -100, say) and has a weight other than
+        0: exclude ignored labels with `Categorical(weights=labels >= 0)`.
+
         Raises:
           TypeError: the targets are not integers.
           ValueError: the targets' (or weights') shape is not that of the outputs without its last axis.
@@ -74,13 +77,17 @@ class Categorical:
                 f"{targets.shape}. One-hot targets become labels with jnp.argmax(targets, axis=-1)."
             )
         _check_shape("targets", targets.shape, expected, f"outputs of shape {logits.shape}")
-        if self.weights is None:
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
-        weights = self._weights(outputs)
-        # The value at a padded position, even if it is not finite, has no effect on loss and gradient.
-        logits = jnp.where(weights[..., None] == 0, 0, logits)
-        targets = jnp.where(weights == 0, 0, targets)
+        weights = None if self.weights is None else self._weights(outputs)
+        if weights is not None:
+            # The value at a padded position, even if it is not finite, has no effect on loss and gradient.
+            logits = jnp.where(weights[..., None] == 0, 0, logits)
+            targets = jnp.where(weights == 0, 0, targets)
+        # A label that is no class would have a finite gradient: NaN makes the optimizer reject the step.
+        valid = (targets >= 0) & (targets < logits.shape[-1])
+        logits += jnp.where(valid, 0.0, jnp.nan).astype(logits.dtype)[..., None]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        if weights is None:
+            return jnp.mean(losses)
         total = jnp.sum(weights)
         return jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
 

@@ -90,12 +90,14 @@ def value_and_sampled_grad(
         at a time. Part j has the examples j, j + microbatches, ...: every leaf of inputs and targets needs the leading
         axis of the batch (for a dropout key, `jax.random.split(key, batch_size)`, of which `forward` may take the
         first); in the targets and outputs of a `Joint`, each part its own. Loss and gradients are those of the whole
-        batch, summed in float32 or better. A `loss` is averaged over the microbatches by their share of the
-        predictive's loss (of a `Joint`: equally). `aux` has a leading axis of the microbatches: take the mean of
+        batch, summed in float32 or better. A `loss` should apply
+        the weights of `predictive`, because a microbatch counts by its share of them (of a `Joint`, by the mean of the
+        shares of its parts). `aux` has a leading axis of the microbatches: take the mean of
         BatchNorm's new averages, the last value of a counter. `sampled_grads()` runs its own forward passes.
       axis_name: None, or the name (or names) of an axis of `jax.shard_map` or `jax.pmap` over which the batch is
         divided. Loss, gradients and the sampled gradient are averaged over it; targets are sampled with a key of each
-        device's own, and m is the size of the global batch. `aux` is that of the device.
+        device's own, and m is the size of the global batch. With weights, the loss of each device is divided by the
+        device's own total weight. `aux` is that of the device.
 
     Returns:
       `value_and_grads(params, inputs, targets, key) -> (loss, grads, sampled_grads)`, or
@@ -154,7 +156,7 @@ class _Model:
     def run(self, params: Any, part: Part) -> tuple[jax.Array, Any, Any, Any, Callable[[Any], Any]]:
         """One forward pass: loss, aux, gradient, batch sizes, and the sampled gradient as a function of weights."""
         outputs, pullback, aux = self._linearize(params, part.inputs)
-        value, cotangent = jax.value_and_grad(self._training_loss)(outputs, part)
+        value, cotangent = self._value_and_cotangent(outputs, part)
         sizes = distributions.batch_sizes(part.predictive, outputs)
         return value, aux, pullback(cotangent)[0], sizes, functools.partial(_sample, part, outputs, pullback)
 
@@ -171,17 +173,21 @@ class _Model:
             return _sample(part, outputs, pullback, weights), None
 
         def sampled_gradient(weights: Any) -> Any:
-            return optax.tree.cast_like(accumulate(sample, params, (parts, weights))[0], params)
+            return optax.tree.cast_like(accumulate(sample, params, (parts._replace(targets=None), weights))[0], params)
 
         grads, (values, aux, sizes) = accumulate(train, params, parts)
         return jnp.sum(values), aux, optax.tree.cast_like(grads, params), sizes, sampled_gradient
 
-    def _training_loss(self, outputs: Any, part: Part) -> jax.Array:
-        if self.loss is None:
-            return distributions.weighted_loss(part.predictive, part.shares, outputs, part.targets)
-        value = checks.check_scalar("loss", self.loss(outputs, part.targets))
+    def _value_and_cotangent(self, outputs: Any, part: Part) -> tuple[jax.Array, Any]:
+        own = self.loss
+        if own is None:
+            loss = distributions.weighted_loss
+            return jax.value_and_grad(loss, argnums=2)(part.predictive, part.shares, outputs, part.targets)
+        loss = jax.value_and_grad(lambda outputs: checks.check_scalar("loss", own(outputs, part.targets)))
         shares = jax.tree.leaves(part.shares)
-        return jnp.asarray(sum(shares) / len(shares), value.dtype) * value
+        share = as_float(sum(shares) / len(shares))
+        # A microbatch without a share may have no loss: the mean over no examples is NaN.
+        return jax.tree.map(lambda x: jnp.where(share == 0, 0, share.astype(x.dtype) * x), loss(outputs))
 
     def _linearize(self, params: Any, inputs: Any) -> tuple[Any, Callable[[Any], Any], Any]:
         def outputs_and_aux(params: Any) -> tuple[Any, Any]:
@@ -194,7 +200,14 @@ class _Model:
                 )
             return result
 
-        return jax.vjp(outputs_and_aux, params, has_aux=True)
+        outputs, pullback, aux = jax.vjp(outputs_and_aux, params, has_aux=True)
+        for leaf in jax.tree.leaves(outputs):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"outputs: expected real floating-point arrays, got {leaf.dtype}. If `forward` returns (outputs, "
+                    f"aux), pass has_aux=True."
+                )
+        return outputs, pullback, aux
 
 
 def _sample(part: Part, outputs: Any, pullback: Callable[[Any], Any], weights: Any) -> Any:
@@ -212,7 +225,8 @@ def _fisher_weights(shares: Any, sizes: Any, axis_name: AxisNames | None) -> Any
 
     def of_one_distribution(share: jax.Array, size: jax.Array) -> jax.Array:
         share, size = as_float(share), as_float(size)
-        reciprocal = jnp.sum(jnp.square(share) / jnp.where(share == 0, 1, size))
+        empty = share * size == 0  # All weights of the part are 0, and so is its gradient.
+        reciprocal = jnp.sum(jnp.where(empty, 0, jnp.square(share) / jnp.where(empty, 1, size)))
         if axis_name is not None:
             reciprocal = lax.pmean(reciprocal, axis_name) / lax.psum(1, axis_name)
         # Where all weights are 0, so is the gradient.

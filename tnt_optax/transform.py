@@ -64,7 +64,7 @@ def direction(options: Options) -> optax.GradientTransformationExtraArgs:
             blocks,
             momentum=None if options.momentum is None else jax.tree.map(zero_momentum, blocks, params),
             contractions=jax.tree.map(zero_factors, blocks, params),
-            # A copy, because a caller may donate the state, but not an array of its own.
+            # A copy: donating the state must not delete an array that the caller passed as damping.
             damping=jnp.array(evaluate_schedule(options.damping, jnp.zeros([], jnp.int32))),
         )
 
@@ -98,29 +98,25 @@ def direction(options: Options) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def guarded(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A chain that begins with `direction`, computed in float32 or better, with the guard behind it.
-
-    Its state is that of the chain; of `direction` alone, the `TNTState` itself.
-    """
-    chain, alone = optax.chain(*transformations), len(transformations) == 1
-
-    def init(params: optax.Params) -> Any:
-        states: Any = chain.init(params)
-        return states[0] if alone else states
+def guarded(chain: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`direction`, or a chain that begins with it, in float32 or better, with the guard behind it."""
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        states = (state,) if alone else state
-        before = check_state(states[0] if isinstance(states, tuple) and states else states)
+        before = check_state(_first(state))
         gradients = match_updates(updates, before)
-        new_states: Any
-        new_updates, new_states = chain.update(gradients, states, widen(params), **extra_args)
-        new_updates, after = phases.guard(gradients, new_updates, before, new_states[0])
-        return new_updates, after if alone else (after, *new_states[1:])
+        new: Any
+        new_updates, new = optax.with_extra_args_support(chain).update(gradients, state, widen(params), **extra_args)
+        new_updates, after = phases.guard(gradients, new_updates, before, _first(new))
+        return new_updates, after if isinstance(new, TNTState) else (after, *new[1:])
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _first(state: Any) -> Any:
+    """The `TNTState` of a chain that begins with one, or the state itself."""
+    return state[0] if isinstance(state, tuple) and state and not isinstance(state, TNTState) else state
 
 
 def _statistics(options: Options, gradients: Any, sampled_grads: Any) -> Any:

@@ -30,10 +30,10 @@ def warm_start(
 
     Args:
       tx: the optimizer. Its `TNTState` may be inside chained, masked, partitioned or injected states.
-      opt_state: its state. Only the `TNTState` changes, but for its momentum and the number of its steps.
+      opt_state: its state. Only the `TNTState` changes, and in it neither the momentum nor the number of steps.
       params: the parameters at which the sampled gradients were taken.
-      sampled_grads: an iterable, preferably a generator, of trees like `params` or of the functions that
-        `value_and_sampled_grad` returns. They are read one by one, so that only one is in memory at a time.
+      sampled_grads: an iterable, preferably a generator, of trees like `params` or of `SampledGrad`s. They are read
+      one by one, so that only one is in memory at a time.
 
     Returns:
       The new `opt_state`.
@@ -48,7 +48,7 @@ def warm_start(
             "sampled_grads: expected an iterable of sampled gradients, for example a list or a generator, got "
             f"{type(sampled_grads).__name__}."
         )
-    before = find_states(opt_state)
+    before = [state.statistics_count for _, state in find_states(opt_state)]
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(
             "tx: expected a GradientTransformationExtraArgs, which forwards sampled gradients to its TNTState, got "
@@ -66,9 +66,8 @@ def warm_start(
         raise ValueError("sampled_grads: expected at least one sampled gradient, got an empty iterable.")
     opt_state = _advance(tx, opt_state, params, None, "refresh")
 
-    for (_, old), (_, new) in zip(before, find_states(opt_state), strict=True):
-        counts = old.statistics_count, new.statistics_count
-        if not isinstance(counts[1], jax.core.Tracer) and int(counts[0]) == int(counts[1]):
+    for old, (_, state) in zip(before, find_states(opt_state), strict=True):
+        if not isinstance(state.statistics_count, jax.core.Tracer) and int(old) == int(state.statistics_count):
             raise ValueError(
                 "tx: expected an optimizer that updates its TNTState, but it absorbed none of the sampled gradients. "
                 f"Either none of them was finite, or a wrapper did not forward them. {_WARM_START_INSIDE}"

@@ -96,6 +96,25 @@ class Fixed(Normal):
         return jnp.sin(5 * outputs)
 
 
+def test_a_device_without_weights_does_not_stop_the_others():
+    """The batch that pads the data to a multiple of the devices."""
+    params, inputs, _ = problem(batch=8)
+    weights = jnp.array([1.0, 1, 1, 1, 1, 1, 0, 0])
+
+    def size(microbatches):
+        def run(params, inputs, weights):
+            value_and_grads = value_and_sampled_grad(
+                forward, Categorical(weights), axis_name="data", microbatches=microbatches
+            )
+            return all_of(value_and_grads, params, inputs, jnp.zeros(2, int))[2]
+
+        return optax.tree.norm(under_shard_map(run)(params, inputs, weights))
+
+    # The gradient of six labels, of size sqrt(6) * |mean|; one of 0 would shrink the statistics.
+    assert float(size(1)) > 0.1
+    assert float(size(2)) > 0.1
+
+
 def test_every_device_samples_labels_of_its_own():
     """Of the same examples; a mean over devices that draw the same labels would not have the covariance F/m."""
     params, inputs, _ = problem(batch=2)
