@@ -3,7 +3,7 @@
 "TNT" and the baselines have the settings that its authors published for MNIST, statistics at every step, inverses every
 20, and a warm start of one pass over the data; "TNT, bounded" has this library's `scale="fisher"`, a `trust_radius`
 that falls, and a period of its own for the inverses.
-What was begun and interrupted goes on where it was.
+An interrupted run resumes from its last epoch.
 """
 
 import argparse

@@ -16,7 +16,7 @@ import tnt_optax
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=200, help="how many in all, those of earlier runs included")
-parser.add_argument("--every", type=int, default=10, help="save a checkpoint every so many steps, and at the end")
+parser.add_argument("--every", type=int, default=10, help="steps between checkpoints; there is one at the end, too")
 parser.add_argument("--seed", type=int, default=0, help="of the parameters, the batches and the sampled targets")
 parser.add_argument("--widths", type=int, nargs="+", default=[128, 64, 32, 8], help="of the encoder's layers")
 parser.add_argument("--directory", type=Path, default=Path("results/checkpoints"), help="where the checkpoints are")

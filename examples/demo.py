@@ -190,10 +190,8 @@ def parse_args() -> argparse.Namespace:
         help="bounds TNT's steps: each changes the predictions by a KL divergence of at most about half its square, "
         "in nats per image",
     )
-    parser.add_argument("--statistics-period", type=int, default=4, help="T1: TNT samples labels every so many steps")
-    parser.add_argument(
-        "--inverse-period", type=int, default=20, help="T2: TNT inverts its factors every so many steps"
-    )
+    parser.add_argument("--statistics-period", type=int, default=4, help="T1: steps between statistics updates of TNT")
+    parser.add_argument("--inverse-period", type=int, default=20, help="T2: steps between inverse updates of TNT")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the initial parameters, the batches and the sampled labels"
     )

@@ -39,7 +39,7 @@ parser.add_argument("--coordinator", help="host:port of process 0; without it, t
 parser.add_argument("--processes", type=int, default=1, help="how many there are")
 parser.add_argument("--process", type=int, default=0, help="which of them this is")
 parser.add_argument("--steps", type=int, default=100, help="how many in all, those of earlier runs included")
-parser.add_argument("--every", type=int, default=20, help="save a checkpoint every so many steps, and at the end")
+parser.add_argument("--every", type=int, default=20, help="steps between checkpoints; there is one at the end, too")
 parser.add_argument("--batch-size", type=int, default=128, help="images a step, of all processes together")
 parser.add_argument("--widths", type=int, nargs="+", default=[128, 64, 32, 8], help="of the encoder's layers")
 parser.add_argument("--directory", type=Path, default=Path("results/distributed"), help="where the checkpoints are")

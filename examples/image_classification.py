@@ -367,7 +367,7 @@ def settings_of(args: argparse.Namespace, name: str) -> Settings:
 
 
 def schedule_of(args: argparse.Namespace, name: str, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate, a tenth after every so many epochs."""
+    """The learning rate, divided by ten at regular intervals of epochs."""
     every = args.drop_every or (60 if name in FIRST_ORDER else 40)
     drops = range(every, number_of_epochs(args, name), every)
     initial = settings_of(args, name).learning_rate

@@ -254,11 +254,9 @@ def parse_args() -> argparse.Namespace:
         "in nats per byte",
     )
     parser.add_argument(
-        "--statistics-period", type=_integer, default=2, help="T1: TNT samples labels every so many steps"
+        "--statistics-period", type=_integer, default=2, help="T1: steps between statistics updates of TNT"
     )
-    parser.add_argument(
-        "--inverse-period", type=_integer, default=20, help="T2: TNT inverts its factors every so many steps"
-    )
+    parser.add_argument("--inverse-period", type=_integer, default=20, help="T2: steps between inverse updates of TNT")
     parser.add_argument("--seeds", type=_integer, default=1, help="how many trainings with the tuned learning rates")
     parser.add_argument(
         "--seed",

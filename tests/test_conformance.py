@@ -324,7 +324,7 @@ def test_masked_and_partition_with_full_sampled_gradients(variant):
     masked, _ = run(variant, optax.masked(variant(0.1, **SHORT), {k: v == "tnt" for k, v in labels(start).items()}))
     for name, label in labels(start).items():
         sums = sum(np.asarray(grads[name]) for grads in trees(1, 4))
-        for tree, rate in ((partitioned, -0.1), (masked, 1.0)):  # `masked` hands on what it does not touch.
+        for tree, rate in ((partitioned, -0.1), (masked, 1.0)):  # `masked` forwards what it does not change.
             truth = expected[name] if label == "tnt" else start[name] + rate * sums
             np.testing.assert_allclose(tree[name], truth, **CLOSE, err_msg=name)
 

@@ -208,7 +208,7 @@ def truth(case, hyperparams, grads, sampled):
     for g, s in zip(grads, sampled, strict=True):
         directions = algorithm.direction(case.split(g), case.split(s))
         size = hyperparams["momentum"] * size + max(np.linalg.norm(x) for x in case.split(g))
-        # Inverses have errors that multiplication by them hands on to vectors of up to the product of their norms.
+        # A product with inverses multiplies their errors by up to the product of their norms.
         errors = [
             relative_error(case, inverses) * math.prod(np.linalg.norm(p, 2) for p in inverses) * size
             for inverses in algorithm.inverses

@@ -1,7 +1,7 @@
 """The hyper-parameters of TNT's direction."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ NumberOrSchedule = Number | optax.Schedule
 
 # Not an int, because `optax.inject_hyperparams` makes arrays of ints, which are traced under jit: the shapes of the
 # state depend on this number.
-MAX_DIM: int = np.int64(8192)  # type: ignore[assignment]
+MAX_DIM = cast(int, np.int64(8192))
 
 
 @dataclasses.dataclass(frozen=True)
