@@ -385,6 +385,7 @@ def test_nnx():
     assert set(pure) - set(boxed) == {key for key in pure if key.endswith(("cosine", "update_to_gradient"))}
 
 
+@pytest.mark.slow
 def test_under_vmap():
     """Also of dense factors of several lengths, one by one."""
     grads = [jax.tree.map(lambda *x: jnp.stack(x), *random_trees(seed, 3)) for seed in range(4)]

@@ -1,8 +1,8 @@
 """Fresh processes that refresh stacked inverses of several sizes in one program, which must never hang.
 
 Batched LAPACK calls of several sizes in one jitted function deadlock XLA's CPU backend in about half of all runs
-(docs/design.md says how the library avoids them). If they did here, the four runs of `make test`, one of them on a mesh
-whose devices share the threads, would all pass once in 16 times, and the 36 of `make test-all` never.
+(docs/design.md says how the library avoids them). If they did here, the two runs of `make test` would both pass once in
+4 times, and the 36 of `make test-all`, of which 12 are on a mesh whose devices share the threads, never.
 """
 
 import subprocess
@@ -52,11 +52,11 @@ def finishes(*arguments):
     assert result.stdout == "done\n"
 
 
-@runs(24, quick=3)
+@runs(24, quick=2)
 def test_a_refresh_in_a_fresh_process_does_not_hang(run):
     finishes()
 
 
-@runs(12, quick=1)
+@runs(12, quick=0)
 def test_a_refresh_divided_over_devices_does_not_hang(run):
     finishes("data")

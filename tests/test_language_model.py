@@ -99,6 +99,7 @@ def test_python_sources():
     assert len(train & test) < 0.01 * min(len(train), len(test))
 
 
+@pytest.mark.slow
 def test_padded_positions_do_not_matter():
     problem = tiny()
     params, (inputs, labels) = scrambled(problem), problem.train
