@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from tnt_optax import checks, sharding
-from tnt_optax.numerics import evaluate_schedule
+from tnt_optax.numerics import all_finite, count_events, evaluate_schedule, widen
 from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule, Options
-from tnt_optax.transform import direction, guarded
+from tnt_optax.quadratic_model import check_sampled_grads, scale_by_quadratic_model
+from tnt_optax.state import check_state
+from tnt_optax.transform import direction, guarded, scale_by_tnt
 from tnt_optax.views import ViewFn
 
 
@@ -95,9 +97,6 @@ def tnt(
     """
     if learning_rate is not None:
         checks.check_number("learning_rate", learning_rate, schedule=True)
-    checks.check_number("weight_decay", weight_decay, 0, closed=True)
-    # Without decay, `update` works without `params` too.
-    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     options = Options(
         damping=damping,
         statistics_decay=statistics_decay,
@@ -119,7 +118,132 @@ def tnt(
         options = dataclasses.replace(options, trust_radius=radius_of_direction)
     chain = optax.chain(
         direction(options),
-        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        _weight_decay(weight_decay, weight_decay_mask),
         optax.identity() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
     return guarded(chain)
+
+
+def adaptive_tnt(
+    learning_rate: NumberOrSchedule = 1.0,
+    *,
+    damping: NumberOrSchedule = 0.01,
+    statistics_decay: Number = 0.95,
+    statistics_period: int | jax.Array = 1,
+    inverse_period: int | jax.Array = 5,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    trust_radius: NumberOrSchedule | None = None,
+    initial_model_damping: Number = 0.1,
+    adaptive_damping: bool = True,
+    use_momentum: bool = True,
+    views: ViewFn | None = None,
+    max_dim: int = MAX_DIM,
+    inverse_parts: int | None = None,
+    inverse_axis: sharding.AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """TNT without a learning rate: W <- W - learning_rate * (u + weight_decay * W).
+
+    u minimizes the exact quadratic model of the batch in the span of TNT's direction (`scale_by_tnt` without momentum)
+    and the step before: see `scale_by_quadratic_model`. Nothing has to be tuned:
+
+    >>> value_and_grads = value_and_sampled_grad(forward, Categorical())
+    >>> tx = adaptive_tnt()
+    >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
+    >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+
+    Args:
+      learning_rate: a factor of the minimizer: 1, or a schedule of the step that falls from 1 to 0, such as
+        `optax.linear_schedule(1.0, 0.0, steps)`, because the minimizer follows the noise of its batch.
+      damping: eps > 0 of the inverses, as in `tnt`.
+      statistics_decay: beta, as in `tnt`.
+      statistics_period: T1, as in `tnt`.
+      inverse_period: T2, as in `tnt`.
+      weight_decay: decoupled, as in `tnt`: it is no part of the model. Needs `params` in `update`.
+      weight_decay_mask: as in `tnt`.
+      trust_radius: None, or r, a number or a schedule: u is shortened where the exact <u, J^T H J u>, to second order
+        twice the KL divergence per example between the predictions before and after the step, exceeds r^2.
+      initial_model_damping: lambda at the first step, `initial_damping` of `scale_by_quadratic_model`.
+      adaptive_damping: whether lambda is adapted, as in `scale_by_quadratic_model`.
+      use_momentum: whether the step before is a direction, as in `scale_by_quadratic_model`.
+      views: as in `tnt`.
+      max_dim: as in `tnt`.
+      inverse_parts: as in `tnt`.
+      inverse_axis: as in `tnt`.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. Its `update` takes the gradient of the model as its updates (after
+      `optax.clip_by_global_norm`, say), and `sampled_grads`, the `SampledGrad` of the same batch. Updates have the
+      dtypes of the gradients. The state is a tuple of a `TNTState`, a `QuadraticModelState`, and those of weight decay
+      and learning rate. Under `optax.MultiSteps` the model would be that of the last mini-batch alone: use
+      `microbatches` of `value_and_sampled_grad` instead.
+
+      A step that is not finite gets a zero update and is counted in the states. No parameter is updated before there
+      are statistics.
+
+    Raises:
+      ValueError, TypeError: as `tnt` and `scale_by_quadratic_model`.
+    """
+    checks.check_number("learning_rate", learning_rate, schedule=True)
+    checks.check_number("initial_model_damping", initial_model_damping, 0, closed=True)
+    tnt_direction = scale_by_tnt(
+        damping=damping,
+        statistics_decay=statistics_decay,
+        momentum=None,
+        statistics_period=statistics_period,
+        inverse_period=inverse_period,
+        views=views,
+        max_dim=max_dim,
+        inverse_parts=inverse_parts,
+        inverse_axis=inverse_axis,
+    )
+    model = scale_by_quadratic_model(
+        initial_damping=initial_model_damping,
+        adaptive_damping=adaptive_damping,
+        use_momentum=use_momentum,
+        trust_radius=trust_radius,
+    )
+    decay_and_factor: Any = optax.chain(
+        _weight_decay(weight_decay, weight_decay_mask), optax.scale_by_learning_rate(learning_rate)
+    )
+
+    def init(params: optax.Params) -> Any:
+        return tnt_direction.init(params), model.init(params), *decay_and_factor.init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        sampled_grads: Any = None,
+        warm_start: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        if warm_start is None:
+            check_sampled_grads(sampled_grads)  # Before TNT's own, less strict test.
+        extra: dict[str, Any] = {"sampled_grads": sampled_grads, "warm_start": warm_start}
+        gradient, (tnt_before, model_before, *others) = widen(updates), state
+        after: Any
+        p, tnt_after = tnt_direction.update(gradient, tnt_before, params, **extra)
+        u, after = model.update(p, model_before, params, grad=gradient, **extra)
+        u, others = decay_and_factor.update(u, tuple(others), widen(params))
+        u = optax.tree.cast_like(u, updates)
+        # The decay, too, leaves out a step that the model rejected. A factor may be at fault as well.
+        finite = all_finite(u)
+        moves = (
+            finite
+            & (after.rejected_steps == model_before.rejected_steps)
+            & (check_state(tnt_after).statistics_count > 0)
+        )
+        after = after._replace(rejected_steps=count_events(after.rejected_steps, ~finite))
+        return optax.tree.where(moves, u, optax.tree.zeros_like(u)), (tnt_after, after, *others)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _weight_decay(weight_decay: Number, mask: Any) -> optax.GradientTransformation:
+    checks.check_number("weight_decay", weight_decay, 0, closed=True)
+    # Without decay, `update` works without `params` too.
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    return optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, mask)

@@ -44,6 +44,12 @@ def check_static_period(name: str, value: Any) -> None:
     check_period(name, value)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r} of type {type(value).__name__}.")
+
+
 def check_axis_names(name: str, value: Any) -> None:
     """None, the name of an axis, or a tuple of different names."""
     names = value if isinstance(value, tuple) and value else (value,)
@@ -113,6 +119,35 @@ def match(name: str, tree: Any, other: Any, other_name: str, *, shapes: bool = T
     result = jax.tree.unflatten(structure, matched)
     check_floating(name, result)
     return result
+
+
+def fill(name: str, tree: Any, like: Any, like_name: str) -> Any:
+    """`tree` in the structure and the dtypes of `like`, with arrays of `like` where it holds None or a `MaskedNode`.
+
+    Where it holds an array, `like` may have a container with one array (a Flax variable).
+
+    Raises:
+      ValueError: another structure, or another shape.
+    """
+
+    def of_node(path: Any, node: Any, part: Any) -> Any:
+        if _is_left_out(node):
+            return part
+        arrays, structure = jax.tree.flatten(part)
+        where = f"{name}{keystr(path)}: expected"
+        if len(arrays) != 1:
+            raise ValueError(f"{where} {len(arrays)} arrays, as in {like_name}, got one array.")
+        if jnp.shape(node) != arrays[0].shape:
+            raise ValueError(f"{where} the shape {arrays[0].shape} of {like_name}, got {jnp.shape(node)}.")
+        return structure.unflatten([jnp.asarray(node).astype(arrays[0].dtype)])
+
+    places, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_left_out)
+    try:
+        parts = structure.flatten_up_to(like)
+    except (ValueError, TypeError):
+        raise ValueError(_difference(name, tree, like, like_name)) from None
+    filled = [of_node(path, node, part) for (path, node), part in zip(places, parts, strict=True)]
+    return jax.tree.unflatten(structure, filled)
 
 
 def _is_left_out(node: Any) -> bool:

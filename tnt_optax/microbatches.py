@@ -31,7 +31,12 @@ class Part(NamedTuple):
 
 
 def split_batch(number: int, batch: Part) -> Part:
-    """The microbatches of a batch, stacked on a leading axis of all arrays. For the errors, see `split`."""
+    """The microbatches of a batch, stacked on a leading axis of all arrays; a single one is the batch as it is.
+
+    For the errors, see `split`.
+    """
+    if number == 1:
+        return batch
     predictives, shares = split_predictive(batch.predictive, number)
     # The distributions of a `Joint` have batch sizes of their own.
     one_size = not isinstance(shares, Mapping)
@@ -114,21 +119,26 @@ def uniform_shares(number: int) -> jax.Array:
     return as_float(jnp.full(number, 1 / number))
 
 
-def accumulate(function: Callable[[Any], tuple[Any, Any]], like: Any, parts: Any) -> Any:
-    """sum_j tree_j, where function(parts[j]) = (tree_j, rest_j), and all the rest_j, stacked.
+def part_of(parts: Any, index: jax.Array | int) -> Any:
+    """The part with this index of stacked parts. Leaves that are not arrays are the same for all parts."""
 
-    The parts are processed one by one (`jax.lax.scan`), so that only one of them is in memory. The sum has the
-    structure, shapes and shardings of `like`, and is in float32 or better. Leaves of `parts` that are not arrays (a
-    distribution that is not a pytree) are the same for all parts.
+    def of_leaf(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array | np.ndarray)
+        return lax.dynamic_index_in_dim(leaf, index, keepdims=False) if is_array else leaf
+
+    return jax.tree.map(of_leaf, parts)
+
+
+def accumulate(function: Callable[[jax.Array], tuple[Any, Any]], like: Any, number: int) -> tuple[Any, Any]:
+    """sum_j tree_j for j = 0, ..., number - 1, where function(j) = (tree_j, rest_j), and all the rest_j, stacked.
+
+    One j after the other (`jax.lax.scan`), so that only one part is in memory. The sum has the structure, shapes and
+    shardings of `like`, and is in float32 or better.
     """
-    leaves, structure = jax.tree.flatten(parts)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
 
-    def body(total: Any, arrays: list[jax.Array]) -> tuple[Any, Any]:
-        slices = iter(arrays)
-        part = structure.unflatten([next(slices) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)])
-        tree, rest = function(part)
+    def body(total: Any, index: jax.Array) -> tuple[Any, Any]:
+        tree, rest = function(index)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, tree), rest
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), like)
-    return lax.scan(body, zeros, [leaf for a, leaf in zip(is_array, leaves, strict=True) if a])
+    return lax.scan(body, zeros, jnp.arange(number))

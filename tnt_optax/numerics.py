@@ -1,6 +1,6 @@
 """Precision, finiteness and conditionals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,19 @@ def all_finite(tree: Any) -> jax.Array:
     # they are tested, because XLA would otherwise duplicate all reductions into every consumer of the answer.
     largest = [as_float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
     return jnp.all(jnp.isfinite(jnp.stack([as_float(0.0), *largest])))
+
+
+def inner_products(trees: Sequence[Any], others: Sequence[Any]) -> jax.Array:
+    """The matrix of <tree_i, other_j>, in float32 or better; an element that is 0 in the other does not count."""
+
+    def of_pair(tree: Any, other: Any) -> jax.Array:
+        def of_leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+            return as_float(jnp.sum(jnp.where(y == 0, 0, x * y)))
+
+        products = jax.tree.leaves(jax.tree.map(of_leaf, widen(tree), widen(other)))
+        return jnp.sum(jnp.stack([as_float(0.0), *products]))
+
+    return jnp.stack([jnp.stack([of_pair(tree, other) for other in others]) for tree in trees])
 
 
 def count_events(count: jax.Array, events: jax.Array) -> jax.Array:

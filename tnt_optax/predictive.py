@@ -25,6 +25,12 @@ class PredictiveDistribution(Protocol):
     An object may also have a method `batch_size(outputs)`: the number of independent examples over which `loss` takes
     its mean. Without it, that is the length of the leading axis of the outputs.
 
+    A method `fisher_product(outputs, tangents)` returns H times the tangents, both trees like the outputs. H is the
+    Fisher information of the mean loss with respect to the outputs, weights included: the expectation, over targets
+    sampled from the object, of the Hessian of `loss`. Without the method, H is the Hessian of `loss` at one sample of
+    the targets, which is the same where the outputs are natural parameters of an exponential family, or means of a
+    fixed variance.
+
     An object that holds arrays needs, for `microbatches`, a method `split(number)` too. It returns the same object with
     an additional leading axis of length `number` on all of its arrays, whose element j is the distribution of part j
     (the examples j, j + number, j + 2 number, ...), and the floating-point shares, of shape (number,), that the parts'
@@ -95,6 +101,15 @@ class Categorical:
         """Labels of shape (...), int32, each drawn from softmax(logits)."""
         return jax.random.categorical(key, _at_least_float32(outputs)).astype(jnp.int32)
 
+    def fisher_product(self, outputs: jax.Array, tangents: jax.Array) -> jax.Array:
+        """H t = w / sum(w) * p * (t - <p, t>), p = softmax(logits); 0 at padded positions."""
+        logits, t = _at_least_float32(outputs), _at_least_float32(tangents)
+        weights = jnp.ones(logits.shape[:-1], logits.dtype) if self.weights is None else self._weights(outputs)
+        p = jax.nn.softmax(logits)
+        product = p * (t - jnp.sum(p * t, axis=-1, keepdims=True))
+        total, weights = jnp.sum(weights), weights[..., None]
+        return jnp.where(weights == 0, 0, weights * product / jnp.where(total == 0, 1, total))
+
     def batch_size(self, outputs: jax.Array) -> jax.Array | int:
         """How many independent labels the mean is over: (sum w)^2 / sum w^2, for a mask the number of ones."""
         if self.weights is None:
@@ -145,6 +160,11 @@ class Bernoulli:
         logits = _at_least_float32(outputs)
         return jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(logits.dtype)
 
+    def fisher_product(self, outputs: jax.Array, tangents: jax.Array) -> jax.Array:
+        """H t = p (1 - p) t / batch, p = sigmoid(logit)."""
+        logits = _at_least_float32(outputs)
+        return jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits) * _at_least_float32(tangents) / _batch(logits)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +198,11 @@ class Normal:
         """Outputs plus normal noise of the variance, in float32 or better."""
         means = _at_least_float32(outputs)
         return means + jnp.sqrt(self._variance(means)) * jax.random.normal(key, means.shape, means.dtype)
+
+    def fisher_product(self, outputs: jax.Array, tangents: jax.Array) -> jax.Array:
+        """H t = t / (variance * batch)."""
+        means = _at_least_float32(outputs)
+        return _at_least_float32(tangents) / (self._variance(means) * _batch(means))
 
     def split(self, number: int) -> tuple["Normal", jax.Array]:
         """The same variance and equal shares for all parts; see `PredictiveDistribution`.
@@ -270,6 +295,31 @@ def weighted_loss(predictive: Any, weights: Any, outputs: Any, targets: Any) -> 
     return jnp.asarray(weights, loss.dtype) * loss
 
 
+def fisher_product(predictive: Any, weights: Any, outputs: Any, tangents: Any, targets: Any) -> Any:
+    """H times the tangents, times a weight: of a `Joint`, for each of its parts with its own weight.
+
+    Args:
+      predictive: the distribution.
+      weights: as of `weighted_loss`.
+      outputs: of the model, in float32 or better.
+      tangents: a tree like the outputs.
+      targets: a function that returns sampled targets, for a distribution without a `fisher_product` of its own.
+    """
+    if isinstance(predictive, Joint):
+        return {
+            name: fisher_product(part, weight, output, tangent, lambda name=name: targets()[name])
+            for name, part, weight, output, tangent in predictive._parts(weights, outputs, tangents)
+        }
+    if hasattr(predictive, "fisher_product"):
+        product = predictive.fisher_product(outputs, tangents)
+    else:
+        samples = targets()
+        gradient = jax.grad(lambda o: checks.check_scalar("predictive.loss", predictive.loss(o, samples)))
+        product = jax.jvp(gradient, (outputs,), (tangents,))[1]
+    product = checks.match("predictive.fisher_product", product, outputs, "the outputs")
+    return jax.tree.map(lambda x: jnp.asarray(weights, x.dtype) * x, product)
+
+
 def unit_weights(predictive: Any) -> Any:
     """The weight 1 for `weighted_loss`; of a `Joint`, a mapping with the weights of its parts."""
     if isinstance(predictive, Joint):
@@ -307,4 +357,9 @@ def _check_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...], bes
 
 
 def _sum_then_mean(losses: jax.Array) -> jax.Array:
-    return jnp.sum(losses) / max(losses.shape[0] if losses.ndim else 1, 1)
+    return jnp.sum(losses) / _batch(losses)
+
+
+def _batch(outputs: jax.Array) -> int:
+    """Over how many examples the mean is."""
+    return max(outputs.shape[0] if outputs.ndim else 1, 1)

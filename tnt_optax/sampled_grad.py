@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -14,34 +13,100 @@ from jax.tree_util import Partial
 
 from tnt_optax import checks
 from tnt_optax import predictive as distributions
-from tnt_optax.microbatches import Part, accumulate, split_batch
-from tnt_optax.numerics import as_float
+from tnt_optax.closures import Closures
+from tnt_optax.microbatches import Part, accumulate, part_of, split_batch
+from tnt_optax.numerics import as_float, inner_products, widen
 from tnt_optax.sharding import AxisNames
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampledGrad:
-    """The sampled-label gradient of a batch, computed when called; the third result of `value_and_sampled_grad`.
+    """A batch's sampled-label gradient and quadratic model, computed on demand; from `value_and_sampled_grad`.
 
-    It is a pytree: what its computation needs (residuals of the forward pass, outputs, keys, and all arrays that
-    `forward` closes over) are its leaves, so that it can cross a `jit` boundary. Pass it to
-    `tx.update(..., sampled_grads=sampled_grads)` as it is: the optimizer calls it inside `jax.lax.cond`, on the steps
-    that use it.
+    Pass it to `tx.update(..., sampled_grads=sampled_grads)` as it is: the optimizer calls it inside `jax.lax.cond`, on
+    the steps that use it.
+
+    It is a pytree: what its computations need (residuals of the forward pass, outputs, keys, and all arrays that
+    `forward`, `loss` and `regularizer` close over) are its leaves, so that it can cross a `jit` boundary.
 
     Attributes:
       loss: the loss, as returned.
       grads: the gradients, as returned.
-      compute: the function that `sampled_grads()` calls.
+      params: the parameters at which they were taken.
     """
 
     loss: jax.Array
     grads: Any
-    compute: Partial
+    params: Any
+    _closures: Closures
+    _parts: int = dataclasses.field(metadata={"static": True})
+    _axis_name: AxisNames | None = dataclasses.field(metadata={"static": True})
 
     def __call__(self) -> Any:
         """The sampled-label gradient, a tree like the parameters."""
-        return self.compute()
+        return self._closures.call("gradient")
+
+    def fisher_products(self, directions: Sequence[Any]) -> jax.Array:
+        """The Fisher matrix of the batch in the span of some directions: the matrix of d_i^T J^T H J d_j.
+
+        J is the Jacobian of the outputs with respect to the parameters, and H the Fisher information of the predictive
+        distribution with respect to the outputs, mean over the batch, with its weights, whatever `scale`. So J^T H J is
+        the exact Fisher matrix of this batch's mean loss; it is what the covariance of `sampled_grads()` with
+        `scale="fisher"` estimates. A regularizer is not part of it.
+
+        >>> ((curvature,),) = sampled_grads.fisher_products([direction])
+
+        All J d_i are computed in one batched pass, each at about the cost of a forward pass, from the residuals of the
+        pullback. With microbatches, every part runs its forward pass once more.
+
+        Args:
+          directions: k trees like the parameters. `optax.MaskedNode` and None, in place of an array or of a subtree,
+            count as zeros.
+
+        Returns:
+          A matrix of shape (k, k), float32 or better.
+
+        Raises:
+          TypeError: the backward pass of `forward` cannot be transposed, as that of a `jax.custom_vjp` function whose
+            backward function is not linear in the cotangent, or calls a kernel without a transpose.
+          ValueError: no directions, or one of another structure or shape than the parameters.
+        """
+        stacked, number = self._stack(directions), len(directions)
+
+        def of_part(part: jax.Array | int) -> tuple[jax.Array, None]:
+            products = jax.vmap(lambda direction: self._closures.call("products", part, direction))(stacked)
+            tangents, curved = (_unstacked(tree, number) for tree in products)
+            return inner_products(tangents, curved), None
+
+        if not jax.tree.leaves(stacked):
+            return as_float(jnp.zeros((number, number)))
+        if self._parts == 1:
+            return _mean(of_part(0)[0], self._axis_name)
+        return _mean(accumulate(of_part, as_float(jnp.zeros((number, number))), self._parts)[0], self._axis_name)
+
+    def regularizer_products(self, directions: Sequence[Any]) -> jax.Array:
+        """The matrix of d_i^T R d_j, R the Hessian of the regularizer; zeros without one. As `fisher_products`."""
+        stacked, number = self._stack(directions), len(directions)
+        if "regularizer_product" not in self._closures or not jax.tree.leaves(stacked):
+            return as_float(jnp.zeros((number, number)))
+        products = jax.vmap(lambda direction: self._closures.call("regularizer_product", direction))(stacked)
+        return inner_products(_unstacked(stacked, number), _unstacked(products, number))
+
+    def loss_at(self, params: Any) -> jax.Array:
+        """The loss of the same batch, with the same keys, at other parameters: one forward pass.
+
+        Args:
+          params: a tree like the parameters. `optax.MaskedNode` and None stand for the parameters as they were.
+        """
+        return self._closures.call("loss_at", checks.fill("params", params, self.params, "the parameters"))
+
+    def _stack(self, directions: Sequence[Any]) -> Any:
+        if not directions:
+            raise ValueError("directions: expected at least one tree like the parameters, got none.")
+        zeros = optax.tree.zeros_like(self.params)
+        trees = [checks.fill(f"directions[{i}]", d, zeros, "the parameters") for i, d in enumerate(directions)]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
 def is_function(sampled_grads: Any) -> TypeGuard[Callable[[], Any]]:
@@ -126,23 +191,42 @@ def value_and_sampled_grad(
     model = _Model(forward, has_aux, loss)
 
     def value_and_grads(params: Any, inputs: Any, targets: Any, key: jax.Array) -> tuple[Any, Any, SampledGrad]:
-        local, key = _of_this_device(params, key, axis_name)
-        batch, run = Part(inputs, targets, key, predictive, distributions.unit_weights(predictive)), model.run
-        if microbatches > 1:
-            batch, run = split_batch(microbatches, batch), model.run_parts
-        value, aux, grads, sizes, sampled = run(local, batch)
+        own_key = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
+        whole = Part(inputs, targets, own_key, predictive, distributions.unit_weights(predictive))
+        batch = _Batch(model, _of_this_device(params, axis_name), split_batch(microbatches, whole), microbatches)
+        value, aux, grads, sizes = batch.train()
         value, grads = _mean((value, grads), axis_name)
         if regularizer is not None:
             value, grads = _add_regularizer(regularizer, params, value, grads)
 
-        def sampled_gradient() -> Any:
-            weights = batch.shares if scale == "mean" else _fisher_weights(batch.shares, sizes, axis_name)
-            return _mean(sampled(weights), axis_name)
+        def gradient() -> Any:
+            shares = batch.parts.shares
+            weights = shares if scale == "mean" else _fisher_weights(shares, sizes, axis_name)
+            return _mean(batch.sampled_gradient(weights), axis_name)
 
-        sampled_grads = SampledGrad(value, grads, _hoisted(sampled_gradient))
+        def products(part: jax.Array, direction: Any) -> tuple[Any, Any]:
+            return batch.products(part, _of_this_device(direction, axis_name))
+
+        def loss_at(params: Any) -> jax.Array:
+            value = _mean(batch.loss_at(params), axis_name)
+            return value if regularizer is None else value + _penalty(regularizer, params).astype(value.dtype)
+
+        functions = {"gradient": (gradient, ()), "products": (products, (0, params)), "loss_at": (loss_at, (params,))}
+        if regularizer is not None:
+            hessian = functools.partial(_regularizer_product, regularizer, params)
+            functions["regularizer_product"] = (hessian, (params,))
+        sampled_grads = SampledGrad(value, grads, params, Closures(functions), microbatches, axis_name)
         return ((value, aux) if has_aux else value), grads, sampled_grads
 
     return value_and_grads
+
+
+class _Pass(NamedTuple):
+    """A forward pass: outputs, and their pullback to the parameters."""
+
+    outputs: Any
+    pullback: Callable[[Any], Any]
+    aux: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,32 +237,29 @@ class _Model:
     has_aux: bool
     loss: Callable[[Any, Any], jax.Array] | None
 
-    def run(self, params: Any, part: Part) -> tuple[jax.Array, Any, Any, Any, Callable[[Any], Any]]:
-        """One forward pass: loss, aux, gradient, batch sizes, and the sampled gradient as a function of weights."""
-        outputs, pullback, aux = self._linearize(params, part.inputs)
-        value, cotangent = self._value_and_cotangent(outputs, part)
-        sizes = distributions.batch_sizes(part.predictive, outputs)
-        return value, aux, pullback(cotangent)[0], sizes, functools.partial(_sample, part, outputs, pullback)
+    def outputs_and_aux(self, params: Any, inputs: Any) -> tuple[Any, Any]:
+        result = self.forward(params, inputs)
+        if not self.has_aux:
+            return result, None
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"forward: expected it to return (outputs, aux) with has_aux=True, got {type(result).__name__}."
+            )
+        return result
 
-    def run_parts(self, params: Any, parts: Part) -> tuple[jax.Array, Any, Any, Any, Callable[[Any], Any]]:
-        """The same for stacked parts of a batch, one after the other; the sampled gradient has passes of its own."""
+    def linearize(self, params: Any, inputs: Any) -> _Pass:
+        forward = functools.partial(self.outputs_and_aux, inputs=inputs)
+        outputs, pullback, aux = jax.vjp(forward, params, has_aux=True)
+        for leaf in jax.tree.leaves(outputs):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"outputs: expected real floating-point arrays, got {leaf.dtype}. If `forward` returns (outputs, "
+                    f"aux), pass has_aux=True."
+                )
+        return _Pass(outputs, pullback, aux)
 
-        def train(part: Part) -> tuple[Any, Any]:
-            value, aux, grads, sizes, _ = self.run(params, part)
-            return grads, (value, aux, sizes)
-
-        def sample(part_and_weights: tuple[Part, Any]) -> tuple[Any, None]:
-            part, weights = part_and_weights
-            outputs, pullback, _ = self._linearize(params, part.inputs)
-            return _sample(part, outputs, pullback, weights), None
-
-        def sampled_gradient(weights: Any) -> Any:
-            return optax.tree.cast_like(accumulate(sample, params, (parts._replace(targets=None), weights))[0], params)
-
-        grads, (values, aux, sizes) = accumulate(train, params, parts)
-        return jnp.sum(values), aux, optax.tree.cast_like(grads, params), sizes, sampled_gradient
-
-    def _value_and_cotangent(self, outputs: Any, part: Part) -> tuple[jax.Array, Any]:
+    def value_and_cotangent(self, outputs: Any, part: Part) -> tuple[jax.Array, Any]:
+        """The part's share of the loss, and its gradient with respect to the outputs."""
         own = self.loss
         if own is None:
             loss = distributions.weighted_loss
@@ -189,31 +270,101 @@ class _Model:
         # A microbatch without a share may have no loss: the mean over no examples is NaN.
         return jax.tree.map(lambda x: jnp.where(share == 0, 0, share.astype(x.dtype) * x), loss(outputs))
 
-    def _linearize(self, params: Any, inputs: Any) -> tuple[Any, Callable[[Any], Any], Any]:
-        def outputs_and_aux(params: Any) -> tuple[Any, Any]:
-            result = self.forward(params, inputs)
-            if not self.has_aux:
-                return result, None
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise TypeError(
-                    f"forward: expected it to return (outputs, aux) with has_aux=True, got {type(result).__name__}."
-                )
-            return result
 
-        outputs, pullback, aux = jax.vjp(outputs_and_aux, params, has_aux=True)
-        for leaf in jax.tree.leaves(outputs):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise TypeError(
-                    f"outputs: expected real floating-point arrays, got {leaf.dtype}. If `forward` returns (outputs, "
-                    f"aux), pass has_aux=True."
-                )
-        return outputs, pullback, aux
+class _Batch:
+    """A model on a batch in parts, which are processed one after the other; the only part is linearized once.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      parts: the parts, stacked.
+      number: how many.
+    """
+
+    def __init__(self, model: _Model, params: Any, parts: Part, number: int):
+        self.model, self.params, self.parts, self.number = model, params, parts, number
+        self._only = model.linearize(params, parts.inputs) if number == 1 else None
+
+    def train(self) -> tuple[jax.Array, Any, Any, Any]:
+        """Loss, aux, gradient, and the batch sizes of the parts."""
+
+        def of_part(part: Part, forward_pass: _Pass) -> tuple[Any, Any]:
+            value, cotangent = self.model.value_and_cotangent(forward_pass.outputs, part)
+            sizes = distributions.batch_sizes(part.predictive, forward_pass.outputs)
+            return forward_pass.pullback(cotangent)[0], (value, forward_pass.aux, sizes)
+
+        grads, (values, aux, sizes) = self._sum(of_part)
+        return jnp.sum(values), aux, grads, sizes
+
+    def sampled_gradient(self, weights: Any) -> Any:
+        """The gradient for sampled targets, with these weights of the parts' losses."""
+
+        def of_part(part: Part, forward_pass: _Pass, weights: Any) -> tuple[Any, None]:
+            targets = part.predictive.sample(part.key, forward_pass.outputs)
+            loss = functools.partial(distributions.weighted_loss, part.predictive, weights)
+            return forward_pass.pullback(jax.grad(loss)(forward_pass.outputs, targets))[0], None
+
+        return self._sum(of_part, weights)[0]
+
+    def products(self, index: jax.Array | int, direction: Any) -> tuple[Any, Any]:
+        """J d and H J d of one part, in float32 or better; H is weighted by its share."""
+        part, forward_pass = self._run(index)
+        tangents, outputs = widen((_pushforward(forward_pass, direction), forward_pass.outputs))
+
+        def targets() -> Any:
+            return part.predictive.sample(part.key, outputs)
+
+        return tangents, distributions.fisher_product(part.predictive, part.shares, outputs, tangents, targets)
+
+    def loss_at(self, params: Any) -> jax.Array:
+        """The loss at other parameters."""
+
+        def of_index(index: jax.Array | int) -> tuple[jax.Array, None]:
+            part = self._part(index)
+            outputs, _ = self.model.outputs_and_aux(params, part.inputs)
+            return self.model.value_and_cotangent(outputs, part)[0], None
+
+        return of_index(0)[0] if self.number == 1 else accumulate(of_index, jnp.zeros([]), self.number)[0]
+
+    def _part(self, index: jax.Array | int) -> Part:
+        return self.parts if self.number == 1 else part_of(self.parts, index)
+
+    def _run(self, index: jax.Array | int) -> tuple[Part, _Pass]:
+        part = self._part(index)
+        return part, self._only or self.model.linearize(self.params, part.inputs)
+
+    def _sum(self, of_part: Callable[..., tuple[Any, Any]], *stacks: Any) -> tuple[Any, Any]:
+        """The sum over the parts of trees like the parameters, and whatever else the function returns, stacked."""
+        if self.number == 1:
+            return of_part(*self._run(0), *stacks)
+
+        def of_index(index: jax.Array) -> tuple[Any, Any]:
+            return of_part(*self._run(index), *part_of(stacks, index))
+
+        total, rest = accumulate(of_index, self.params, self.number)
+        return optax.tree.cast_like(total, self.params), rest
 
 
-def _sample(part: Part, outputs: Any, pullback: Callable[[Any], Any], weights: Any) -> Any:
-    targets = part.predictive.sample(part.key, outputs)
-    cotangent = jax.grad(lambda o: distributions.weighted_loss(part.predictive, weights, o, targets))(outputs)
-    return pullback(cotangent)[0]
+def _pushforward(forward_pass: _Pass, direction: Any) -> Any:
+    """J d, the transpose of the pullback, which holds all residuals already and runs no forward pass.
+
+    `jax.jvp` would run one, and does not work for a `jax.custom_vjp` function.
+    """
+    try:
+        (tangents,) = jax.linear_transpose(lambda x: forward_pass.pullback(x)[0], forward_pass.outputs)(direction)
+    except Exception as error:  # JAX raises errors of many types here.
+        raise TypeError(
+            "fisher_products: expected a `forward` whose backward pass can be transposed, as all of JAX's own "
+            f"operations can, got one that cannot ({type(error).__name__}: {error}). Is there a jax.custom_vjp "
+            "function in it, whose backward function is not linear in the cotangent, or calls a kernel? Write that as "
+            "linear JAX operations, use jax.custom_jvp, or give the kernel's call a jax.custom_transpose rule. "
+            "Without the quadratic model, as in tnt_optax.tnt, no such products are needed."
+        ) from error
+    return tangents
+
+
+def _unstacked(tree: Any, number: int) -> list[Any]:
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(number)]
 
 
 def _fisher_weights(shares: Any, sizes: Any, axis_name: AxisNames | None) -> Any:
@@ -235,37 +386,33 @@ def _fisher_weights(shares: Any, sizes: Any, axis_name: AxisNames | None) -> Any
     return jax.tree.map(of_one_distribution, shares, sizes)
 
 
-def _of_this_device(params: Any, key: jax.Array, axis_name: AxisNames | None) -> tuple[Any, jax.Array]:
-    """The parameters and the key for the device's own part of the batch."""
+def _of_this_device(tree: Any, axis_name: AxisNames | None) -> Any:
+    """The same numbers, but as arrays of the device's own.
+
+    Inside `shard_map`, the gradient with respect to an array that is equal on all devices is already a sum over them.
+    """
     if axis_name is None:
-        return params, key
-    index = lax.axis_index(axis_name)
-    # Inside `shard_map`, the gradient with respect to an array that is equal on all devices is already a sum over them.
-    # Adding the device's own zero makes the parameters different arrays.
-    local = jax.tree.map(lambda x: x + (0 * index).astype(x.dtype), params)
-    return local, jax.random.fold_in(key, index)
+        return tree
+    zero = 0 * lax.axis_index(axis_name)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
 def _mean(tree: Any, axis_name: AxisNames | None) -> Any:
     return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
+def _penalty(regularizer: Callable[[Any], jax.Array], params: Any) -> jax.Array:
+    return checks.check_scalar("regularizer", regularizer(params))
+
+
 def _add_regularizer(
     regularizer: Callable[[Any], jax.Array], params: Any, value: jax.Array, grads: Any
 ) -> tuple[jax.Array, Any]:
-    checked = jax.value_and_grad(lambda params: checks.check_scalar("regularizer", regularizer(params)))
-    penalty, gradient = checked(params)
+    penalty, gradient = jax.value_and_grad(functools.partial(_penalty, regularizer))(params)
     finite = jnp.isfinite(penalty)
     grads = jax.tree.map(lambda g, r: g + jnp.where(finite, r, jnp.nan), grads, gradient)
     return value + penalty.astype(value.dtype), grads
 
 
-def _hoisted(function: Callable[[], Any]) -> Partial:
-    """`function` as a pytree whose leaves are all arrays that it closes over."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)()
-    jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
-
-    def evaluate(arrays: list[jax.Array]) -> Any:
-        return structure.unflatten(jax.core.eval_jaxpr(jaxpr, arrays))
-
-    return Partial(evaluate, closed.consts)
+def _regularizer_product(regularizer: Callable[[Any], jax.Array], params: Any, direction: Any) -> Any:
+    return jax.jvp(jax.grad(functools.partial(_penalty, regularizer)), (params,), (direction,))[1]

@@ -50,6 +50,34 @@ class TNTState(NamedTuple):
     rejected_inverses: jax.Array
 
 
+class QuadraticModelState(NamedTuple):
+    """The state of `scale_by_quadratic_model`. Counters are int32 scalars, other scalars in float32 or better.
+
+    Attributes:
+      count: t, the number of updates.
+      step: a tree like the parameters, in float32 or better: u_(t-1), the step before; zeros where there is none. None
+        with `use_momentum=False`.
+      damping: lambda, for the next step.
+      coefficients: of p_t and u_(t-1) in the last step, of shape (2,), or (1,) with `use_momentum=False`: its learning
+        rate and its momentum.
+      predicted_reduction: of the loss of the batch by the last step, -M(-u).
+      true_reduction: the same, measured, for the last step for which it was.
+      reduction_ratio: `true_reduction`, divided by what the model had predicted for the same step.
+      bounded_steps: the number of steps that the trust radius shortened.
+      rejected_steps: the number of steps that were not finite, or whose model had no minimum: their update was zero.
+    """
+
+    count: jax.Array
+    step: Any
+    damping: jax.Array
+    coefficients: jax.Array
+    predicted_reduction: jax.Array
+    true_reduction: jax.Array
+    reduction_ratio: jax.Array
+    bounded_steps: jax.Array
+    rejected_steps: jax.Array
+
+
 def init_state(blocks: Any, momentum: Any, contractions: Any, damping: jax.Array) -> TNTState:
     """The state before the first step, with zero inverses and counters."""
     inverses = jax.tree.map(jnp.zeros_like, contractions)

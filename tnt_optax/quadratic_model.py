@@ -1,0 +1,209 @@
+"""A step whose length and momentum come from the exact quadratic model of the batch, without a learning rate.
+
+At parameters theta with the gradient g, the model of the change of the loss at theta - u is
+
+    M(-u) = -<g, u> + 1/2 <u, A u>,    A = J^T H J + R + lambda I,    u = c_1 p_t + c_2 u_(t-1),
+
+with the exact Fisher matrix J^T H J of the batch and the Hessian R of the regularizer. p_t is the incoming direction,
+u_(t-1) the step before: c_1 is a learning rate, and c_2 a momentum (Martens & Grosse 2015, section 7).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from tnt_optax import checks
+from tnt_optax.numerics import as_float, cond, count_events, evaluate_schedule, float32_or_better, inner_products, widen
+from tnt_optax.options import Number, NumberOrSchedule
+from tnt_optax.sampled_grad import SampledGrad
+from tnt_optax.state import QuadraticModelState
+
+# At every so many steps the loss is computed at the new parameters, to adapt lambda.
+MEASURING_PERIOD = 5
+
+
+def scale_by_quadratic_model(
+    *,
+    initial_damping: Number = 0.1,
+    adaptive_damping: bool = True,
+    use_momentum: bool = True,
+    trust_radius: NumberOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The minimizer u of the batch's quadratic model, for directions p of any transformation before it.
+
+    u = c_1 p_t + c_2 u_(t-1) minimizes M(-u) = -<g, u> + 1/2 <u, (J^T H J + R + lambda I) u>, with the exact Fisher
+    matrix J^T H J of the batch and the Hessian R of the regularizer. As every `scale_by_*`, it does not negate:
+
+    >>> adam = optax.chain(
+    ...     optax.scale_by_adam(), scale_by_quadratic_model(), optax.scale_by_learning_rate(1.0))
+    >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
+    >>> updates, opt_state = adam.update(grads, opt_state, params, sampled_grads=sampled_grads)
+
+    The step follows the noise of its batch: at the end of a training, let the factor behind it fall to 0
+    (`optax.scale_by_schedule`), or average the parameters. Momentum in the direction itself is not needed.
+
+    Args:
+      initial_damping: lambda >= 0 at the first step. It bounds the steps while the Fisher matrix of a batch says little
+        about the loss; it is on the scale of the Fisher matrix's eigenvalues.
+      adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt: at every fifth step the loss
+        is computed at the new parameters (a forward pass, in `jax.lax.cond`). Where it fell by less than 1/4 of what
+        the model predicted, lambda is doubled; by more than 3/4, multiplied by 0.95; by more than 3/2, which is where
+        lambda itself limits the step, halved. It stays as it is where it contributes less than 1% to <u, A u>, and
+        where the predicted reduction is less than the rounding error of the loss. With a `loss` that is linear in the
+        outputs (a policy gradient) the comparison says nothing: pass False, and a `trust_radius`. False: lambda is
+        `initial_damping` at every step; with 0, u is the pure minimizer.
+      use_momentum: whether u_(t-1) is a direction. False: u is a multiple of p, and the state holds no tree.
+      trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u>, to second order twice the
+        KL divergence per example between the predictions before and after the step, exceeds r^2.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose state is a `QuadraticModelState`. `update` takes the extra arguments
+
+        sampled_grads: the `SampledGrad` of the batch.
+        grad: None, or the gradient g, a tree like the updates: pass it where it is not `sampled_grads.grads`, because
+          it was clipped, say.
+
+      The update is zero where p is. Where something is not finite, or the model has no minimum, the step is rejected:
+      the update is zero, the step is counted, and the next one has no momentum. Updates have the dtypes of p. Inside
+      `optax.masked` and `optax.partition`, the model takes the other parameters as fixed.
+
+    Raises:
+      ValueError: a number is out of its range. From `update`: `sampled_grads` is missing, or the updates or `grad` have
+        another structure or shape than the state or the parameters of `sampled_grads`.
+      TypeError: an argument has a wrong type, or (from `init` and `update`) a parameter is not real and floating. From
+        `update`: `sampled_grads` is no `SampledGrad`, the state is not one of this transformation, or the model cannot
+        be differentiated as `SampledGrad.fisher_products` needs.
+    """
+    checks.check_number("initial_damping", initial_damping, 0, closed=True)
+    checks.check_flag("adaptive_damping", adaptive_damping)
+    checks.check_flag("use_momentum", use_momentum)
+    if trust_radius is not None:
+        checks.check_number("trust_radius", trust_radius, 0, schedule=True)
+
+    def init(params: optax.Params) -> QuadraticModelState:
+        checks.check_floating("params", params)
+        step = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), params) if use_momentum else None
+        # Every field has an array of its own, because a state that holds an array twice cannot be donated.
+        damping, coefficients = jnp.array(as_float(initial_damping)), as_float(jnp.zeros(2 if use_momentum else 1))
+        counters, reductions = ([jnp.zeros([], dtype) for _ in range(3)] for dtype in (jnp.int32, damping.dtype))
+        return QuadraticModelState(counters[0], step, damping, coefficients, *reductions, *counters[1:])
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad: Any = None,
+        sampled_grads: Any = None,
+        warm_start: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, QuadraticModelState]:
+        del params, extra_args
+        if not isinstance(state, QuadraticModelState):
+            raise TypeError(f"state: expected a QuadraticModelState, got {type(state).__name__}: call tx.init(params).")
+        if warm_start is not None:
+            return updates, state
+        batch = check_sampled_grads(sampled_grads)
+        rounding = jnp.finfo(batch.loss.dtype).eps
+        p = widen(checks.match("updates", updates, state.step, "the optimizer's state") if use_momentum else updates)
+        g = widen(checks.match("grad", batch.grads if grad is None else grad, p, "the updates"))
+        damping = state.damping if adaptive_damping else as_float(initial_damping)
+
+        directions = [p, state.step] if use_momentum else [p]
+        fisher, squares = batch.fisher_products(directions), inner_products(directions, directions)
+        curvature = fisher + batch.regularizer_products(directions) + damping * squares
+        slopes = inner_products(directions, [g])[:, 0]
+        c, bounded = _bounded(_minimizer(curvature, slopes, rounding), fisher, trust_radius, state.count)
+        numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c)])
+        minimum = jnp.all(jnp.isfinite(numbers)) & jnp.all(jnp.diagonal(curvature) >= 0) & (curvature[0, 0] > 0)
+        # Where p is 0 (before there are statistics, say) there is no step, which is no fault.
+        nothing = (squares[0, 0] == 0) & jnp.all(jnp.isfinite(numbers))
+        c = jnp.where(minimum & ~nothing, c, 0)
+
+        u = jax.tree.map(lambda *d: sum(x * y.astype(x.dtype) for x, y in zip(d, c, strict=True)), *directions)
+        predicted = c @ slopes - c @ curvature @ c / 2
+        measured, true, ratio = _measure(adaptive_damping, batch, u, predicted, state)
+        accepted = minimum & ~nothing & (~measured | jnp.isfinite(true))
+        u = jax.tree.map(lambda x: jnp.where(accepted, x, 0), u)
+        if adaptive_damping:
+            share = damping * (c @ squares @ c) / (c @ curvature @ c)
+            reliable = predicted > 10 * rounding * jnp.abs(batch.loss)
+            damping = jnp.where(measured & minimum & reliable, _adapted(damping, ratio, share), damping)
+        return optax.tree.cast_like(u, updates), QuadraticModelState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            step=u if use_momentum else None,
+            damping=damping,
+            coefficients=jnp.where(accepted, c, 0),
+            predicted_reduction=jnp.where(accepted, predicted, 0),
+            true_reduction=jnp.where(measured & accepted, true, state.true_reduction),
+            reduction_ratio=jnp.where(measured & accepted, ratio, state.reduction_ratio),
+            bounded_steps=count_events(state.bounded_steps, bounded & accepted),
+            rejected_steps=count_events(state.rejected_steps, ~accepted & ~nothing),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_sampled_grads(sampled_grads: Any) -> SampledGrad:
+    """An error for what has no quadratic model."""
+    if isinstance(sampled_grads, SampledGrad):
+        return sampled_grads
+    error = ValueError if sampled_grads is None else TypeError
+    raise error(
+        f"sampled_grads: expected, for the quadratic model, the SampledGrad of the batch, got "
+        f"{type(sampled_grads).__name__}. It is the third result of tnt_optax.value_and_sampled_grad: call "
+        f"tx.update(grads, opt_state, params, sampled_grads=sampled_grads) with it as it is, not with the tree that it "
+        f"returns when called. flax.nnx.Optimizer.update forwards it. With Flax Linen, use "
+        f"tnt_optax.linen.TrainState, because Flax's own TrainState does not."
+    )
+
+
+def _minimizer(curvature: jax.Array, slopes: jax.Array, rounding: Any) -> jax.Array:
+    """c with curvature c = slopes. Of two directions that are parallel, to working precision, the first one alone."""
+    diagonal = jnp.diagonal(curvature)
+    alone = jnp.zeros_like(slopes).at[0].set(slopes[0] / jnp.where(diagonal[0] == 0, 1, diagonal[0]))
+    if len(slopes) == 1:
+        return alone
+    # Scaled to a unit diagonal, which the lengths of the directions do not affect.
+    scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+    b, correlation = scale * slopes, scale[0] * curvature[0, 1] * scale[1]
+    determinant = 1 - jnp.square(correlation)
+    singular = ~(determinant > 100 * rounding) | (diagonal[1] == 0)
+    both = scale * (b - correlation * b[::-1]) / jnp.where(singular, 1, determinant)
+    return jnp.where(singular, alone, both)
+
+
+def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The coefficients of a step with <u, F u> <= r^2, and whether they were reduced."""
+    if trust_radius is None:
+        return c, jnp.bool_(False)
+    radius, squared_norm = evaluate_schedule(trust_radius, t), c @ fisher @ c
+    exceeds = squared_norm > jnp.square(radius)
+    return jnp.where(exceeds, radius * lax.rsqrt(jnp.where(exceeds, squared_norm, 1)), 1) * c, exceeds
+
+
+def _measure(
+    adaptive: bool, batch: SampledGrad, u: Any, predicted: jax.Array, state: QuadraticModelState
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether the reduction of the loss by u was measured, and if so, the reduction and its ratio to the prediction."""
+    due = state.count % MEASURING_PERIOD == 0
+
+    def measure() -> tuple[jax.Array, jax.Array]:
+        params = checks.match("params", batch.params, u, "the updates")
+        new = jax.tree.map(lambda x, step: (x.astype(step.dtype) - step).astype(x.dtype), params, u)
+        true = as_float(batch.loss - batch.loss_at(new))
+        return true, true / jnp.where(predicted > 0, predicted, 1)
+
+    def skip() -> tuple[jax.Array, jax.Array]:
+        return state.true_reduction, state.reduction_ratio
+
+    return (due, *cond(due, measure, skip)) if adaptive else (jnp.bool_(False), *skip())
+
+
+def _adapted(damping: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
+    """Lambda after a step with this ratio of true to predicted reduction, and with this share of lambda in <u, A u>."""
+    smaller = jnp.where(ratio > 1.5, 0.5, jnp.where(ratio > 0.75, 0.95, 1))
+    return damping * jnp.where(ratio >= 0.25, jnp.where(share > 0.01, smaller, 1), 2)  # Twice for NaN, too.
