@@ -11,7 +11,8 @@ import optax
 from tnt_optax import checks, sharding
 from tnt_optax.numerics import all_finite, count_events, evaluate_schedule, widen
 from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule, Options
-from tnt_optax.quadratic_model import check_sampled_grads, scale_by_quadratic_model
+from tnt_optax.quadratic_model import scale_by_quadratic_model
+from tnt_optax.sampled_grad import check_sampled_grads
 from tnt_optax.state import check_state
 from tnt_optax.transform import direction, guarded, scale_by_tnt
 from tnt_optax.views import ViewFn

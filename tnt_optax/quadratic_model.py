@@ -18,7 +18,7 @@ from jax import lax
 from tnt_optax import checks
 from tnt_optax.numerics import as_float, cond, count_events, evaluate_schedule, float32_or_better, inner_products, widen
 from tnt_optax.options import Number, NumberOrSchedule
-from tnt_optax.sampled_grad import SampledGrad
+from tnt_optax.sampled_grad import SampledGrad, check_sampled_grads
 from tnt_optax.state import QuadraticModelState
 
 # At every so many steps the loss is computed at the new parameters, to adapt lambda.
@@ -34,8 +34,8 @@ def scale_by_quadratic_model(
 ) -> optax.GradientTransformationExtraArgs:
     """The minimizer u of the batch's quadratic model, for directions p of any transformation before it.
 
-    u = c_1 p_t + c_2 u_(t-1) minimizes M(-u) = -<g, u> + 1/2 <u, (J^T H J + R + lambda I) u>, with the exact Fisher
-    matrix J^T H J of the batch and the Hessian R of the regularizer. As every `scale_by_*`, it does not negate:
+    u = c_1 p_t + c_2 u_(t-1) minimizes M(-u) = -<g, u> + 1/2 <u, (J^T H J + R + lambda I) u>. As every `scale_by_*`, it
+    does not negate:
 
     >>> adam = optax.chain(
     ...     optax.scale_by_adam(), scale_by_quadratic_model(), optax.scale_by_learning_rate(1.0))
@@ -56,26 +56,23 @@ def scale_by_quadratic_model(
         outputs (a policy gradient) the comparison says nothing: pass False, and a `trust_radius`. False: lambda is
         `initial_damping` at every step; with 0, u is the pure minimizer.
       use_momentum: whether u_(t-1) is a direction. False: u is a multiple of p, and the state holds no tree.
-      trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u>, to second order twice the
-        KL divergence per example between the predictions before and after the step, exceeds r^2.
+      trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u> exceeds r^2. To second order
+        that is twice the KL divergence per example between the predictions before and after the step.
 
     Returns:
-      A `GradientTransformationExtraArgs` whose state is a `QuadraticModelState`. `update` takes the extra arguments
+      A `GradientTransformationExtraArgs` whose state is a `QuadraticModelState`. `update` takes `sampled_grads`, the
+      `SampledGrad` of the batch, and `grad`, the gradient g, a tree like the updates, where it is not
+      `sampled_grads.grads` (because it was clipped, say). Updates have the dtypes of p. Inside `optax.masked` and
+      `optax.partition` the model takes the other parameters as fixed.
 
-        sampled_grads: the `SampledGrad` of the batch.
-        grad: None, or the gradient g, a tree like the updates: pass it where it is not `sampled_grads.grads`, because
-          it was clipped, say.
-
-      The update is zero where p is. Where something is not finite, or the model has no minimum, the step is rejected:
-      the update is zero, the step is counted, and the next one has no momentum. Updates have the dtypes of p. Inside
-      `optax.masked` and `optax.partition`, the model takes the other parameters as fixed.
+      Where p is 0, so is the update. Where something is not finite, or the model has no minimum, the step is rejected:
+      the update is zero, the step is counted, and the next one has no momentum.
 
     Raises:
-      ValueError: a number is out of its range. From `update`: `sampled_grads` is missing, or the updates or `grad` have
+      ValueError: a number is out of its range. From `update`: `sampled_grads` is no `SampledGrad`, or a tree has
         another structure or shape than the state or the parameters of `sampled_grads`.
-      TypeError: an argument has a wrong type, or (from `init` and `update`) a parameter is not real and floating. From
-        `update`: `sampled_grads` is no `SampledGrad`, the state is not one of this transformation, or the model cannot
-        be differentiated as `SampledGrad.fisher_products` needs.
+      TypeError: an argument has a wrong type, a parameter is not real and floating, the state is of another
+        transformation, or the model has no `SampledGrad.fisher_products`.
     """
     checks.check_number("initial_damping", initial_damping, 0, closed=True)
     checks.check_flag("adaptive_damping", adaptive_damping)
@@ -117,21 +114,20 @@ def scale_by_quadratic_model(
         curvature = fisher + batch.regularizer_products(directions) + damping * squares
         slopes = inner_products(directions, [g])[:, 0]
         c, bounded = _bounded(_minimizer(curvature, slopes, rounding), fisher, trust_radius, state.count)
-        numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c)])
-        minimum = jnp.all(jnp.isfinite(numbers)) & jnp.all(jnp.diagonal(curvature) >= 0) & (curvature[0, 0] > 0)
+        predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
+        finite = jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted)])))
         # Where p is 0 (before there are statistics, say) there is no step, which is no fault.
-        nothing = (squares[0, 0] == 0) & jnp.all(jnp.isfinite(numbers))
-        c = jnp.where(minimum & ~nothing, c, 0)
+        nothing = finite & (squares[0, 0] == 0)
+        minimum = finite & (curvature[0, 0] > 0) & jnp.all(jnp.diagonal(curvature) >= 0) & ~nothing
 
         u = jax.tree.map(lambda *d: sum(x * y.astype(x.dtype) for x, y in zip(d, c, strict=True)), *directions)
-        predicted = c @ slopes - c @ curvature @ c / 2
         measured, true, ratio = _measure(adaptive_damping, batch, u, predicted, state)
-        accepted = minimum & ~nothing & (~measured | jnp.isfinite(true))
+        accepted = minimum & (~measured | jnp.isfinite(true))
         u = jax.tree.map(lambda x: jnp.where(accepted, x, 0), u)
         if adaptive_damping:
-            share = damping * (c @ squares @ c) / (c @ curvature @ c)
-            reliable = predicted > 10 * rounding * jnp.abs(batch.loss)
-            damping = jnp.where(measured & minimum & reliable, _adapted(damping, ratio, share), damping)
+            share = damping * _square(squares, c) / _square(curvature, c)
+            reliable = measured & minimum & (predicted > 10 * rounding * jnp.abs(batch.loss))
+            damping = jnp.where(reliable, _adapted(damping, ratio, share), damping)
         return optax.tree.cast_like(u, updates), QuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             step=u if use_momentum else None,
@@ -145,20 +141,6 @@ def scale_by_quadratic_model(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_sampled_grads(sampled_grads: Any) -> SampledGrad:
-    """An error for what has no quadratic model."""
-    if isinstance(sampled_grads, SampledGrad):
-        return sampled_grads
-    error = ValueError if sampled_grads is None else TypeError
-    raise error(
-        f"sampled_grads: expected, for the quadratic model, the SampledGrad of the batch, got "
-        f"{type(sampled_grads).__name__}. It is the third result of tnt_optax.value_and_sampled_grad: call "
-        f"tx.update(grads, opt_state, params, sampled_grads=sampled_grads) with it as it is, not with the tree that it "
-        f"returns when called. flax.nnx.Optimizer.update forwards it. With Flax Linen, use "
-        f"tnt_optax.linen.TrainState, because Flax's own TrainState does not."
-    )
 
 
 def _minimizer(curvature: jax.Array, slopes: jax.Array, rounding: Any) -> jax.Array:
@@ -180,7 +162,7 @@ def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -
     """The coefficients of a step with <u, F u> <= r^2, and whether they were reduced."""
     if trust_radius is None:
         return c, jnp.bool_(False)
-    radius, squared_norm = evaluate_schedule(trust_radius, t), c @ fisher @ c
+    radius, squared_norm = evaluate_schedule(trust_radius, t), _square(fisher, c)
     exceeds = squared_norm > jnp.square(radius)
     return jnp.where(exceeds, radius * lax.rsqrt(jnp.where(exceeds, squared_norm, 1)), 1) * c, exceeds
 
@@ -207,3 +189,7 @@ def _adapted(damping: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Arra
     """Lambda after a step with this ratio of true to predicted reduction, and with this share of lambda in <u, A u>."""
     smaller = jnp.where(ratio > 1.5, 0.5, jnp.where(ratio > 0.75, 0.95, 1))
     return damping * jnp.where(ratio >= 0.25, jnp.where(share > 0.01, smaller, 1), 2)  # Twice for NaN, too.
+
+
+def _square(matrix: jax.Array, c: jax.Array) -> jax.Array:
+    return jnp.sum(c[:, None] * matrix * c)  # A product of matrices might have a lower precision.

@@ -115,6 +115,18 @@ def is_function(sampled_grads: Any) -> TypeGuard[Callable[[], Any]]:
     return callable(sampled_grads) and lazy
 
 
+def check_sampled_grads(sampled_grads: Any) -> SampledGrad:
+    """An error for what has no quadratic model."""
+    if isinstance(sampled_grads, SampledGrad):
+        return sampled_grads
+    raise ValueError(
+        "sampled_grads: expected, for the quadratic model, the SampledGrad of tnt_optax.value_and_sampled_grad, got "
+        f"{type(sampled_grads).__name__}. Pass it as it is: tx.update(grads, opt_state, params, "
+        "sampled_grads=sampled_grads). flax.nnx.Optimizer.update forwards it; with Flax Linen, use "
+        "tnt_optax.linen.TrainState, because Flax's own TrainState does not."
+    )
+
+
 def value_and_sampled_grad(
     forward: Callable[..., Any],
     predictive: distributions.PredictiveDistribution,
