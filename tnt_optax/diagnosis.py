@@ -12,11 +12,11 @@ from tnt_optax import checks, sharding
 from tnt_optax.blocks import Block, map_normalized_factors
 from tnt_optax.factors import Factor
 from tnt_optax.numerics import as_float, float32_or_better
-from tnt_optax.state import TNTState, describe_state, find_states
+from tnt_optax.state import QuadraticModelState, TNTState, describe_state, find_states
 
 
 def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = None) -> dict[str, jax.Array]:
-    """Numbers by name, about the factors of every parameter and about the steps so far. Nothing is changed.
+    """Numbers by name: about the factors of every parameter, the steps, and the quadratic model. Nothing is changed.
 
     It computes the eigenvalues of every factor, which takes longer than an update of the inverses: call it rarely,
     inside `jax.jit` or not. (With a state that is stacked by `jax.vmap`, inside `jax.vmap`.) On a mesh of devices every
@@ -57,18 +57,29 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
       "tnt/bounded_share": the same divided by the number of all steps; 0 before the first.
       "tnt/rejected_gradients", "tnt/rejected_sampled_gradients", "tnt/rejected_inverses": int32; see `TNTState`.
 
+    Of a quadratic model, for the last step u = c_1 p_t + c_2 u_(t-1) (see `scale_by_quadratic_model`):
+
+      "quadratic_model/steps": int32; the number of steps.
+      "quadratic_model/learning_rate", "quadratic_model/momentum": c_1 and c_2; 0 where the step was rejected.
+      "quadratic_model/damping": lambda, for the next step.
+      "quadratic_model/predicted_reduction": of the loss of the batch, by the model.
+      "quadratic_model/true_reduction", "quadratic_model/reduction_ratio": the measured one, for the last step for which
+        it was measured, and the same divided by the one predicted for it. 0 before the first.
+      "quadratic_model/bounded_steps", "quadratic_model/rejected_steps": int32; see `QuadraticModelState`.
+
     <path> is `jax.tree_util.keystr(path, simple=True, separator="/")`, such as "dense/kernel"; where that is the same
-    for two parameters, `keystr(path)`. Where `opt_state` holds several states of this library (in `optax.partition`,
-    for example), the path of each state precedes all of its names.
+    for two parameters, `keystr(path)`. Where `opt_state` holds several states of one kind (in `optax.partition`, for
+    example), the path of each state precedes all of its names.
 
     Args:
-      opt_state: of `tnt` or `scale_by_tnt`, also inside chained, masked, partitioned or injected states.
+      opt_state: of `tnt`, `adaptive_tnt`, or with the state of `scale_by_tnt` or `scale_by_quadratic_model` in it, also
+        inside chained, masked, partitioned or injected states.
       grads: None, or the gradients of the last step, a tree like the parameters.
       updates: None, or what `update` returned for them.
 
     Raises:
-      ValueError: there is no `TNTState` in `opt_state`, only one of `grads` and `updates` is given, or one of them has
-        another structure or shape than the parameters.
+      ValueError: there is no `TNTState` and no `QuadraticModelState` in `opt_state`, only one of `grads` and `updates` is
+        given, or one of them has another structure or shape than the parameters.
       TypeError: `opt_state` is stacked.
     """
     if (grads is None) != (updates is None):
@@ -78,7 +89,8 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
 
 
 def _read(opt_state: optax.OptState, grads: Any, updates: Any) -> dict[str, jax.Array]:
-    found = find_states(opt_state)
+    found = find_states(opt_state, TNTState, QuadraticModelState)
+    kinds = [type(state) for _, state in found]
     values: dict[str, jax.Array] = {}
     for path, state in found:
         if (shape := _array(state.count).shape) != ():
@@ -86,10 +98,22 @@ def _read(opt_state: optax.OptState, grads: Any, updates: Any) -> dict[str, jax.
                 f"opt_state: expected the state of one optimizer, got a stack of shape {shape}: call diagnostics "
                 "inside jax.vmap."
             )
-        numbers = _of_the_optimizer(state) | _of_the_factors(state) | _of_the_updates(state, grads, updates)
-        prefix = "" if len(found) == 1 else keystr(path, simple=True, separator="/") + "/"
+        if isinstance(state, TNTState):
+            numbers = _of_the_optimizer(state) | _of_the_factors(state) | _of_the_updates(state, grads, updates)
+        else:
+            numbers = _of_the_model(state)
+        several = kinds.count(type(state)) > 1
+        prefix = keystr(path, simple=True, separator="/") + "/" if several else ""
         values |= {prefix + name: value for name, value in numbers.items()}
     return values
+
+
+def _of_the_model(state: QuadraticModelState) -> dict[str, jax.Array]:
+    same = ("damping", "predicted_reduction", "true_reduction", "reduction_ratio", "bounded_steps", "rejected_steps")
+    c = _array(state.coefficients)
+    values = {"steps": _array(state.count), "learning_rate": c[0], "momentum": c[1] if len(c) > 1 else 0 * c[0]}
+    values |= {name: _array(getattr(state, name)) for name in same}
+    return {f"quadratic_model/{name}": value for name, value in values.items()}
 
 
 def _of_the_optimizer(state: TNTState) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """A plot of the numbers that `diagnostics` returns."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,31 +10,64 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
-    """The spectra of all factors and the damping: one row for each mode of each parameter.
+def draw_diagnostics(values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Figure":
+    """The spectra of all factors and the damping, one row for each mode of each parameter; and the quadratic model.
 
     Left: a line from the smallest eigenvalue to the largest, a dot for the mean, a vertical line for the damping.
     Eigenvalues below 1e-6 of the largest of all are drawn at the left edge. Right: the share of the eigenvalues that
     are smaller than the damping. A stack of factors has one row, with its extremes, all its means and its mean share.
 
+    Below, where there is a quadratic model: learning rate and momentum, the predicted and the true reduction of the
+    loss, and lambda, over the steps.
+
     Args:
-      values: what `diagnostics` returned.
+      values: what `diagnostics` returned; or a sequence of these, one for each of several steps. The spectra are those
+        of the last one.
 
     Returns:
       A figure without a window: `draw_diagnostics(values).savefig("spectra.png")`.
 
     Raises:
       ImportError: there is no matplotlib.
-      ValueError: no factor in `values`.
+      ValueError: no factor and no quadratic model in `values`.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("draw_diagnostics needs matplotlib: pip install matplotlib.") from None
-    rows = [match.group(1) for match in map(re.compile(r"(.*mode_\d+)/mean_eigenvalue").fullmatch, values) if match]
-    if not rows:
+    history = [values] if isinstance(values, Mapping) else list(values)
+    last = history[-1] if history else {}
+    rows = [match.group(1) for match in map(re.compile(r"(.*mode_\d+)/mean_eigenvalue").fullmatch, last) if match]
+    models = [name.removesuffix("steps") for name in last if name.endswith("quadratic_model/steps")]
+    if not rows and not models:
         raise ValueError("values: expected what diagnostics returned, found no '.../mode_0/mean_eigenvalue' in it.")
+    heights = [1.2 + 0.2 * len(rows)] * bool(rows) + [2.5] * len(models)
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    if rows:
+        _draw_spectra(parts.pop(0), last, rows)
+    for part, prefix in zip(parts, models, strict=True):
+        _draw_model(part, history, prefix)
+    return figure
 
+
+def _draw_model(figure: Any, history: Sequence[Mapping[str, Any]], prefix: str) -> None:
+    def curve(name: str) -> np.ndarray:
+        return np.array([np.ravel(values[prefix + name]) for values in history])
+
+    panels = (("learning_rate", "momentum"), ("predicted_reduction", "true_reduction"), ("damping",))
+    for axis, names in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for color, name in zip(("tab:blue", "tab:red"), names, strict=False):
+            axis.plot(curve("steps"), curve(name), ".-", color=color, label=name.replace("_", " "))
+        axis.set(xlabel="steps")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+        if "momentum" not in names:
+            axis.set_yscale("log", nonpositive="mask")
+    figure.suptitle(f"{prefix.rstrip('/')}: {int(curve('rejected_steps')[-1].sum())} rejected steps", fontsize=9)
+
+
+def _draw_spectra(figure: Any, values: Mapping[str, Any], rows: list[str]) -> None:
     def column(what: str) -> list[np.ndarray]:
         return [np.ravel(values[f"{row}/{what}"]) for row in rows]
 
@@ -43,7 +76,6 @@ def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
     top = max([*dampings, *(float(np.max(x, initial=0)) for x in largest)])
     left_edge = min([1e-6 * top, *(0.1 * damping for damping in dampings)])
 
-    figure = Figure(figsize=(10, 1.2 + 0.2 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     places = np.arange(len(rows))
     ends = [max(np.min(x), left_edge) for x in smallest], [max(np.max(x), left_edge) for x in largest]
@@ -62,4 +94,3 @@ def draw_diagnostics(values: Mapping[str, Any]) -> "Figure":
     right.tick_params(axis="y", labelleft=False)
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
-    return figure

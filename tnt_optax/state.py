@@ -92,7 +92,7 @@ _OTHER_STATE = "Is it the state of another optimizer, or of tnt_optax 0.1, whose
 
 def check_state(state: Any) -> TNTState:
     """`state`, or an error if it is not a `TNTState`."""
-    if is_tnt_state(state):
+    if isinstance(state, TNTState):
         return state
     fields = f" with the fields {state._fields}" if hasattr(state, "_fields") else ""
     raise TypeError(
@@ -166,19 +166,15 @@ def _names(state: TNTState) -> list[str]:
     return [keystr(path) if often[name] > 1 else name for path, name in zip(paths, simple, strict=True)]
 
 
-def find_states(opt_state: optax.OptState) -> list[tuple[KeyPath, TNTState]]:
-    """All `TNTState`s in `opt_state` and their paths, whatever they are chained with or wrapped in.
+def find_states(opt_state: optax.OptState, *kinds: type[Any]) -> list[tuple[KeyPath, Any]]:
+    """All states of these kinds in `opt_state` and their paths, whatever they are chained with or wrapped in.
 
     Raises:
       ValueError: there is none.
     """
-    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_tnt_state)
-    found = [(path, node) for path, node in nodes if is_tnt_state(node)]
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    found = [(path, node) for path, node in nodes if isinstance(node, kinds)]
     if not found:
-        raise ValueError(f"opt_state: expected a TNTState in it, found none. {_OTHER_STATE}")
+        names = " or a ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"opt_state: expected a {names} in it, found none. {_OTHER_STATE}")
     return found
-
-
-def is_tnt_state(node: Any) -> bool:
-    """Whether a node of a tree is a `TNTState`."""
-    return isinstance(node, TNTState)

@@ -9,7 +9,7 @@ import jax.core
 import optax
 
 from tnt_optax.sampled_grad import is_function
-from tnt_optax.state import find_states, is_tnt_state
+from tnt_optax.state import TNTState, find_states
 from tnt_optax.transform import WarmStart
 
 
@@ -48,7 +48,7 @@ def warm_start(
             "sampled_grads: expected an iterable of sampled gradients, for example a list or a generator, got "
             f"{type(sampled_grads).__name__}."
         )
-    before = [state.statistics_count for _, state in find_states(opt_state)]
+    before = [state.statistics_count for _, state in find_states(opt_state, TNTState)]
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(
             "tx: expected a GradientTransformationExtraArgs, which forwards sampled gradients to its TNTState, got "
@@ -66,7 +66,7 @@ def warm_start(
         raise ValueError("sampled_grads: expected at least one sampled gradient, got an empty iterable.")
     opt_state = _advance(tx, opt_state, params, None, "refresh")
 
-    for old, (_, state) in zip(before, find_states(opt_state), strict=True):
+    for old, (_, state) in zip(before, find_states(opt_state, TNTState), strict=True):
         if not isinstance(state.statistics_count, jax.core.Tracer) and int(old) == int(state.statistics_count):
             raise ValueError(
                 "tx: expected an optimizer that updates its TNTState, but it absorbed none of the sampled gradients. "
@@ -80,7 +80,8 @@ def warm_start(
 def _advance(tx: Any, opt_state: optax.OptState, params: optax.Params, gradient: Any, phase: WarmStart) -> Any:
     _, new = tx.update(optax.tree.zeros_like(params), opt_state, params, sampled_grads=gradient, warm_start=phase)
     # The states of other transformations, which count steps, must not change.
-    return jax.tree.map(lambda o, n: n if is_tnt_state(o) else o, opt_state, new, is_leaf=is_tnt_state)
+    is_ours = lambda node: isinstance(node, TNTState)  # noqa: E731
+    return jax.tree.map(lambda o, n: n if is_ours(o) else o, opt_state, new, is_leaf=is_ours)
 
 
 _WARM_START_INSIDE = (
