@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_optax import TNTState
+from tnt_optax import Normal, SampledGrad, TNTState, value_and_sampled_grad
 
 # Parameters of every rank from 0 to 5, with the shapes in which they are preconditioned.
 SHAPES = {
@@ -68,6 +68,27 @@ def count(jaxpr: Any, primitive: str, *, inside_cond: bool) -> int:
         return total
 
     return walk(jaxpr.jaxpr, False)
+
+
+def linear_model(tree: Any) -> tuple[Any, Any]:
+    """A model that is linear in parameters like `tree`, and inputs for it, which are functions of `tree`."""
+    leaves, _ = jax.tree.flatten(tree)
+    flat = jnp.concatenate([jnp.ravel(x).astype(jnp.result_type(float)) for x in leaves]) if leaves else jnp.zeros(0)
+    inputs = jnp.stack([flat, jnp.sin(3 * flat), jnp.cos(5 * flat + 1), jnp.sin(7 * flat + 2)])
+
+    def forward(params: Any, inputs: jax.Array) -> jax.Array:
+        flat = [jnp.ravel(x).astype(inputs.dtype) for x in jax.tree.leaves(params)]
+        return inputs @ jnp.concatenate([jnp.zeros(0, inputs.dtype), *flat])[:, None]
+
+    return forward, inputs
+
+
+def sampled_grad_of(tree: Any) -> SampledGrad:
+    """A `SampledGrad` of that model, at parameters of 0, with targets of 1."""
+    forward, inputs = linear_model(tree)
+    value_and_grads = value_and_sampled_grad(forward, Normal())
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    return value_and_grads(zeros, inputs, jnp.ones((len(inputs), 1), inputs.dtype), jax.random.key(0))[2]
 
 
 @jax.custom_vjp

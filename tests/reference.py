@@ -1,4 +1,4 @@
-"""Algorithm 3 of the paper in plain float64 NumPy: the truth that the library is tested against.
+"""Algorithm 3 of the paper, and the quadratic model, in plain float64 NumPy: the truth for the library's tests.
 
 Written from the paper, for reading: every tensor is dense, every factor is a full matrix, every inverse is
 `numpy.linalg.inv`, and nothing is shared with the library. Tensors are given in the view in which they are
@@ -98,3 +98,33 @@ class TNT:
     def step(self, params, grads, sampled_grads):
         directions = self.direction(grads, sampled_grads)
         return [w - self.learning_rate * (p + self.weight_decay * w) for w, p in zip(params, directions, strict=True)]
+
+
+class QuadraticModel:
+    """The minimizer of the quadratic model in the span of a direction and the step before; all trees are vectors."""
+
+    def __init__(self, size, *, damping=0.1, adaptive_damping=True, use_momentum=True):
+        self.damping, self.adaptive_damping, self.use_momentum = damping, adaptive_damping, use_momentum
+        self.t, self.u = 0, np.zeros(size)
+
+    def step(self, direction, gradient, curvature, reduction=None):
+        """u for the direction p and the gradient g.
+
+        `curvature` is J^T H J + R, a dense matrix. `reduction(u)`, the loss minus the loss at theta - u, is needed to
+        adapt the damping.
+        """
+        damped = curvature + self.damping * np.eye(len(direction))
+        directions = [direction, self.u] if self.use_momentum and np.any(self.u) else [direction]
+        basis = np.stack(directions, axis=1)
+        self.coefficients = np.linalg.solve(basis.T @ damped @ basis, basis.T @ gradient)
+        self.u = basis @ self.coefficients
+        self.predicted = gradient @ self.u - self.u @ damped @ self.u / 2
+        if self.adaptive_damping and self.t % 5 == 0:
+            ratio = reduction(self.u) / self.predicted
+            share = self.damping * self.u @ self.u / (self.u @ damped @ self.u)
+            if ratio < 0.25:
+                self.damping *= 2
+            elif share > 0.01 and ratio > 0.75:
+                self.damping *= 0.5 if ratio > 1.5 else 0.95
+        self.t += 1
+        return self.u

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import sampled_grad_of
 
 import tnt_optax
 
@@ -132,11 +133,19 @@ def test_run_that_is_killed_ends_with_the_same_bytes(tmp_path, kills, seed):
     assert not list((tmp_path / "killed").glob("*tmp*"))
 
 
-def test_state_returns_as_it_was(tmp_path):
+OPTIMIZERS = {
+    "tnt": lambda **kw: tnt_optax.tnt(0.03, damping=0.1, **kw),
+    "adaptive_tnt": tnt_optax.adaptive_tnt,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_returns_as_it_was(tmp_path, optimizer):
     params = {"w": jnp.linspace(-1, 1, 12, dtype=jnp.bfloat16).reshape(4, 3), "b": [jnp.ones(3), jnp.float32(0.5)]}
     grads = jax.tree.map(lambda x: jnp.cos(x) + jnp.ones_like(x), params)
-    tx = tnt_optax.tnt(learning_rate=0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inverse_period=5)
-    update = jax.jit(lambda state: tx.update(grads, state, params, sampled_grads=grads))
+    tx = OPTIMIZERS[optimizer](trust_radius=0.1, statistics_period=2, inverse_period=5)
+    sampled = grads if optimizer == "tnt" else sampled_grad_of(grads)
+    update = jax.jit(lambda state: tx.update(grads, state, params, sampled_grads=sampled))
     state = tx.init(params)
     for _ in range(3):
         _, state = update(state)

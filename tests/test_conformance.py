@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 import reference
-from helpers import random_trees, tnt_state
+from helpers import linear_model, random_trees, sampled_grad_of, tnt_state
 
 import tnt_optax
-from tnt_optax import scale_by_tnt, tnt
+from tnt_optax import adaptive_tnt, scale_by_tnt, tnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +22,17 @@ class Variant:
     """An optimizer with a learning rate, and the extra arguments that its `update` takes."""
 
     factory: Callable[..., Any]
-    way: str  # in which it gets its statistics: "tree", "function" or "empirical"
+    way: str  # in which it gets its statistics: "tree", "function", "empirical" or "model"
 
     def __call__(self, learning_rate=0.1, **hyperparams):
+        if self.way == "model":
+            return self.factory(learning_rate, **hyperparams)
         fisher = "empirical" if self.way == "empirical" else "sampled"
         return self.factory(learning_rate, fisher=fisher, **hyperparams)
 
     def extra(self, sampled):
+        if self.way == "model":
+            return {"sampled_grads": sampled_grad_of(sampled)}
         ways = {"tree": {"sampled_grads": sampled}, "function": {"sampled_grads": lambda: sampled}, "empirical": {}}
         return ways[self.way]
 
@@ -43,9 +47,11 @@ VARIANTS = {
 }
 
 
+VARIANTS["adaptive_tnt"] = Variant(adaptive_tnt, "model")
+
 # Both factories share the step and the guard, and `update` looks at the way in one place: the other pairs are left to
 # `make test-all`.
-QUICK = ("tnt-function",)
+QUICK = ("tnt-function", "adaptive_tnt")
 
 
 @pytest.fixture(params=[pytest.param(v, marks=[pytest.mark.slow] * (v not in QUICK)) for v in VARIANTS])
@@ -78,18 +84,47 @@ def run(variant, tx, steps=4, jit=True, **extra):
     return params, state
 
 
+def reference_with_a_model(views, as_views, learning_rate):
+    """`adaptive_tnt`: TNT without momentum, then the quadratic model of the batches of `sampled_grad_of`."""
+    tnt, model = reference.TNT(views, learning_rate=1.0, momentum=0.0, statistics_decay=0.95, **SHORT), None
+
+    def flat(tree):
+        return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
+    def step(params, grads, sampled):
+        nonlocal model
+        inputs = np.asarray(linear_model(sampled)[1], np.float64)
+        direction = flat(tnt.direction(as_views(grads), as_views(sampled_grad_of(sampled)())))
+        model = model or reference.QuadraticModel(len(direction))
+
+        def loss(theta):
+            return np.mean((inputs @ theta - 1) ** 2) / 2
+
+        reduction = lambda u: loss(0 * u) - loss(-u)  # noqa: E731
+        u = model.step(direction, flat(grads), inputs.T @ inputs / len(inputs), reduction)
+        ends = np.cumsum([np.size(x) for x in params])[:-1]
+        return [w - learning_rate * x.reshape(w.shape) for w, x in zip(params, np.split(u, ends), strict=True)]
+
+    return step
+
+
 @pytest.mark.parametrize("jit", [True, False])
 def test_eager_and_jitted_equal_the_reference(variant, jit):
-    params, _ = run(variant, variant(0.1, **SHORT), jit=jit)
-    views = {"scalar": (1,), "bias": (3,), "dense": (3, 2), "conv": (2, 2, 3)}
+    params, _ = run(variant, variant(0.1, **SHORT), steps=7, jit=jit)
+    # In the order in which JAX flattens a mapping.
+    views = {"bias": (3,), "conv": (2, 2, 3), "dense": (3, 2), "scalar": (1,)}
 
     def as_views(tree):
         return [np.asarray(tree[k], np.float64).reshape(view) for k, view in views.items()]
 
-    truth = reference.TNT(list(views.values()), learning_rate=0.1, **SHORT)
     expected = as_views(trees(0, 1)[0])
-    for grads, sampled in zip(trees(1, 4), trees(2, 4), strict=True):
-        expected = truth.step(expected, as_views(grads), as_views(grads if variant.way == "empirical" else sampled))
+    if variant.way == "model":
+        step = reference_with_a_model(list(views.values()), as_views, 0.1)
+    else:
+        truth = reference.TNT(list(views.values()), learning_rate=0.1, **SHORT)
+        step = lambda params, grads, sampled: truth.step(params, as_views(grads), as_views(sampled))  # noqa: E731
+    for grads, sampled in zip(trees(1, 7), trees(2, 7), strict=True):
+        expected = step(expected, grads, grads if variant.way == "empirical" else sampled)
     for ours, theirs in zip(as_views(params), expected, strict=True):
         # float32 against float64, three inverses of condition number up to 1e2 in a row.
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -140,7 +175,10 @@ SETTINGS = {
 def test_it_converges(variant, problem):
     residuals, start = PROBLEMS[problem]
     learning_rate, damping = SETTINGS[problem]["empirical" if variant.way == "empirical" else "sampled"]
-    tx = variant(learning_rate, damping=damping, momentum=0.5, statistics_period=1, inverse_period=5)
+    if variant.way == "model":
+        tx = adaptive_tnt()
+    else:
+        tx = variant(learning_rate, damping=damping, momentum=0.5, statistics_period=1, inverse_period=5)
     value_and_grads = tnt_optax.value_and_sampled_grad(
         lambda w, _: jnp.ravel(residuals(w))[None], tnt_optax.Normal(0.5), scale="fisher"
     )
@@ -148,7 +186,8 @@ def test_it_converges(variant, problem):
     def step(carry, key):
         params, state = carry
         loss, grads, sampled = value_and_grads(params, None, jnp.zeros((1, jnp.size(residuals(params)))), key)
-        updates, state = tx.update(grads, state, params, **variant.extra(sampled()))
+        extra = {"sampled_grads": sampled} if variant.way == "model" else variant.extra(sampled())
+        updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), loss
 
     keys = jax.random.split(jax.random.key(0), 10_000)
@@ -173,7 +212,11 @@ def test_map_params_that_does_nothing_and_that_does(variant):
 def test_inject_hyperparams_equals_plain(variant):
     fisher = "empirical" if variant.way == "empirical" else "sampled"
     hyperparams = {**SHORT, "statistics_decay": 0.8, "momentum": 0.7, "trust_radius": 0.3}
-    if variant.factory is tnt:
+    if variant.way == "model":
+        del hyperparams["momentum"]
+        hyperparams |= {"learning_rate": 0.1, "weight_decay": 0.1, "initial_model_damping": 0.2}
+        injected, plain = optax.inject_hyperparams(adaptive_tnt)(**hyperparams), adaptive_tnt(**hyperparams)
+    elif variant.factory is tnt:
         hyperparams |= {"learning_rate": 0.1, "weight_decay": 0.1}
         injected = optax.inject_hyperparams(tnt, static_args=("views", "max_dim"))(fisher=fisher, **hyperparams)
         plain = tnt(fisher=fisher, **hyperparams)
@@ -267,13 +310,16 @@ def test_dtypes_through_a_conditional(variant, dtypes):
         for name, dtype in zip(SHAPES, dtypes, strict=True):
             wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
             found = tnt_state(new_state)
-            assert {x.dtype for x in (found.momentum[name], *found.contractions[name], *found.inverses[name])} == {wide}
+            # Of `adaptive_tnt`, the step before takes the place of the momentum.
+            like = new_state[1].step if found.momentum is None else found.momentum
+            assert {x.dtype for x in (like[name], *found.contractions[name], *found.inverses[name])} == {wide}
         # Only the cast to the gradients' dtype separates the result from that of float32.
         wide_grads, wide_sampled = optax.tree.cast((grads, sampled), jnp.float32)
         expected, _ = jax.jit(lambda g, s: tx.update(g, tx.init(g), g, **variant.extra(s)))(wide_grads, wide_sampled)
         for name, dtype in zip(SHAPES, dtypes, strict=True):
             # Rounded once to `dtype`, and for `scale_by_tnt` once more after multiplication by the learning rate.
-            rtol = 2 * float(jnp.finfo(dtype).eps) + 1e-5
+            # The model pushes directions forward in the parameters' dtype, with as much rounding again.
+            rtol = (4 if variant.way == "model" else 2) * float(jnp.finfo(dtype).eps) + 1e-5
             ours, theirs = (np.asarray(tree[name], np.float64) for tree in (updates, expected))
             np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-5, err_msg=name)
 
@@ -316,6 +362,9 @@ def test_init_reads_only_shapes_and_dtypes(variant):
 
 
 def test_masked_and_partition_with_full_sampled_gradients(variant):
+    if variant.way == "model":
+        pytest.skip("its model sees a part of the parameters: see test_quadratic_model")
+
     def labels(tree):
         return {k: "tnt" if k in ("dense", "conv") else "sgd" for k in tree}
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import sampled_grad_of
 
-from tnt_optax import TensorView, diagnostics, scale_by_tnt, tnt
+from tnt_optax import TensorView, adaptive_tnt, diagnostics, scale_by_tnt, tnt
 
 PARAMS = {"layer": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
 
@@ -70,9 +71,10 @@ def test_hyperparameters(factory, name, value, error):
         ("weight_decay", None, TypeError),
     ],
 )
-def test_hyperparameters_of_tnt_alone(name, value, error):
+@pytest.mark.parametrize("factory", [tnt, adaptive_tnt])
+def test_hyperparameters_of_tnt_alone(factory, name, value, error):
     with pytest.raises(error, match=f"^{name}: expected"):
-        tnt(**{name: value})
+        factory(**{name: value})
     with pytest.raises(ValueError, match=r"^trust_radius: expected"):
         tnt(0.1, trust_radius=-1.0)
 
@@ -198,20 +200,20 @@ class FirstEdition(NamedTuple):
     inverses: dict
 
 
-@pytest.mark.parametrize("factory", [tnt, scale_by_tnt])
+@pytest.mark.parametrize("factory", [tnt, scale_by_tnt, adaptive_tnt])
 @pytest.mark.parametrize("kind", ["first edition", "tuple", "dict", "adam", "none"])
 def test_the_state_of_another_optimizer(factory, kind):
     new = scale_by_tnt().init(PARAMS)
     first = FirstEdition(*new[:5])
     others = {
-        "first edition": (first, (), (), ()) if factory is tnt else first,
+        "first edition": first if factory is scale_by_tnt else (first, (), (), ()),
         "tuple": tuple(new),
         "dict": first._asdict(),
         "adam": optax.adam(0.1).init(PARAMS),
         "none": None,
     }
     with pytest.raises(TypeError, match=r"state: expected a TNTState.*got .*tnt_optax 0\.1.*tx\.init"):
-        factory().update(PARAMS, others[kind], PARAMS, sampled_grads=PARAMS)
+        factory().update(PARAMS, others[kind], PARAMS, sampled_grads=sampled_grad_of(PARAMS))
     with pytest.raises(ValueError, match=r"opt_state: expected a TNTState.*tnt_optax 0\.1"):
         diagnostics(others[kind])
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import tnt_optax
-from tnt_optax import Categorical, TNTState, tnt, value_and_sampled_grad
+from tnt_optax import Categorical, TNTState, adaptive_tnt, tnt, value_and_sampled_grad
 from tnt_optax.linen import TrainState
 
 HYPERPARAMS = {"damping": 0.1, "statistics_period": 2, "inverse_period": 4, "trust_radius": 0.3}
@@ -38,14 +38,21 @@ class BatchNormState(TrainState):
     batch_stats: Any
 
 
-def test_linen_with_batch_norm_and_dropout():
+OPTIMIZERS = {
+    "tnt": lambda **kw: tnt(0.05, **{**HYPERPARAMS, **kw}),
+    "adaptive_tnt": lambda **kw: adaptive_tnt(optax.linear_schedule(1.0, 0.1, 60), **{**HYPERPARAMS, **kw}),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_linen_with_batch_norm_and_dropout(optimizer):
     inputs, labels = data()
     model = LinenModel()
     variables = model.init(jax.random.key(0), inputs, train=False)
     state = BatchNormState.create(
         apply_fn=model.apply,
         params=variables["params"],
-        tx=tnt(0.05, **HYPERPARAMS),
+        tx=OPTIMIZERS[optimizer](),
         batch_stats=variables["batch_stats"],
     )
 
@@ -129,15 +136,16 @@ def nnx_step(model, optimizer, inputs, labels, key):
     return loss
 
 
-def nnx_problem(**hyperparams):
+def nnx_problem(optimizer="tnt", **hyperparams):
     model = NNXModel(nnx.Rngs(0))
-    tx = tnt(0.05, **{**HYPERPARAMS, **hyperparams})
+    tx = OPTIMIZERS[optimizer](**hyperparams)
     return model, tx, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
-def test_nnx_with_batch_norm_and_dropout():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nnx_with_batch_norm_and_dropout(name):
     inputs, labels = data()
-    model, _, optimizer = nnx_problem()
+    model, _, optimizer = nnx_problem(name)
     dropout_count = int(model.dropout.rngs.count[...])
     losses = [float(nnx_step(model, optimizer, inputs, labels, jax.random.key(t))) for t in range(60)]
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
@@ -148,9 +156,10 @@ def test_nnx_with_batch_norm_and_dropout():
     assert int(state.statistics_count[...]) == 30
 
 
-def test_nnx_equals_the_plain_transformation():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nnx_equals_the_plain_transformation(name):
     inputs, labels = data()
-    model, tx, optimizer = nnx_problem(views=lambda path, shape: None)
+    model, tx, optimizer = nnx_problem(name, views=lambda path, shape: None)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
     opt_state = tx.init(params)

@@ -224,7 +224,9 @@ def adaptive_tnt(
         if warm_start is None:
             check_sampled_grads(sampled_grads)  # Before TNT's own, less strict test.
         extra: dict[str, Any] = {"sampled_grads": sampled_grads, "warm_start": warm_start}
-        gradient, (tnt_before, model_before, *others) = widen(updates), state
+        # What is no state of this optimizer is an error of `tnt_direction`.
+        tnt_before, model_before, *others = state if isinstance(state, tuple) and len(state) == 4 else (state, None)
+        gradient = widen(updates)
         after: Any
         p, tnt_after = tnt_direction.update(gradient, tnt_before, params, **extra)
         u, after = model.update(p, model_before, params, grad=gradient, **extra)

@@ -78,8 +78,8 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
       updates: None, or what `update` returned for them.
 
     Raises:
-      ValueError: there is no `TNTState` and no `QuadraticModelState` in `opt_state`, only one of `grads` and `updates` is
-        given, or one of them has another structure or shape than the parameters.
+      ValueError: there is no state of this library in `opt_state`, only one of `grads` and `updates` is given, or one
+        of them has another structure or shape than the parameters.
       TypeError: `opt_state` is stacked.
     """
     if (grads is None) != (updates is None):

@@ -55,14 +55,14 @@ def _draw_model(figure: Any, history: Sequence[Mapping[str, Any]], prefix: str) 
     def curve(name: str) -> np.ndarray:
         return np.array([np.ravel(values[prefix + name]) for values in history])
 
-    panels = (("learning_rate", "momentum"), ("predicted_reduction", "true_reduction"), ("damping",))
+    panels = (("learning_rate",), ("momentum",), ("predicted_reduction", "true_reduction"), ("damping",))
     for axis, names in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for color, name in zip(("tab:blue", "tab:red"), names, strict=False):
             axis.plot(curve("steps"), curve(name), ".-", color=color, label=name.replace("_", " "))
         axis.set(xlabel="steps")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-        if "momentum" not in names:
+        if names[0] in ("predicted_reduction", "damping"):
             axis.set_yscale("log", nonpositive="mask")
     figure.suptitle(f"{prefix.rstrip('/')}: {int(curve('rejected_steps')[-1].sum())} rejected steps", fontsize=9)
 
