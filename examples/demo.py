@@ -1,7 +1,8 @@
 """Trains a deep autoencoder on handwritten digits with TNT, Adam and SGD with momentum, and compares them.
 
-All three start from the same parameters and see the same batches. The learning rate of each, and TNT's damping, are
-first searched on one grid; then each is trained with its best setting and another seed.
+All start from the same parameters and see the same batches. The learning rate of TNT, Adam and SGD, and TNT's damping,
+are first searched on one grid; then each is trained with its best setting and another seed. Adaptive TNT, whose steps
+come from the quadratic model of each batch, has no learning rate: it is trained with its defaults, without a search.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def main() -> None:
     )
     console.print(
         f"Tuned on the same grid, {args.tuning_epochs} epochs each: learning rate in {list(args.learning_rates)} for "
-        f"all three, and damping in {list(args.dampings)} for TNT. The lowest training loss wins."
+        f"TNT, Adam and SGD, and damping in {list(args.dampings)} for TNT. The lowest training loss wins. Adaptive TNT "
+        "has its defaults."
     )
 
     start = time.perf_counter()
@@ -68,6 +70,9 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     with report.progress_bar(console) as progress:
         for name, (_, grid) in optimizers.items():
+            if not any(grid):  # Nothing to tune.
+                best[name] = {}
+                continue
             steps = args.tuning_epochs * problem.steps_per_epoch
             ticker = report.Ticker(progress, f"tune {name}", len(grid) * steps)
             tuning[name] = trainers[name].search(
@@ -118,7 +123,12 @@ def make_optimizers(args: argparse.Namespace) -> dict[str, tuple[Callable[..., A
 
     rates = [{"learning_rate": rate} for rate in args.learning_rates]
     with_damping = [{**rate, "damping": eps} for rate, eps in itertools.product(rates, args.dampings)]
-    return {"TNT": (tnt, with_damping), "Adam": (optax.adam, rates), "SGD-m": (sgd_with_momentum, rates)}
+    return {
+        "Adaptive TNT": (lambda: tnt_optax.adaptive_tnt(), [{}]),
+        "TNT": (tnt, with_damping),
+        "Adam": (optax.adam, rates),
+        "SGD-m": (sgd_with_momentum, rates),
+    }
 
 
 def print_results(
@@ -130,7 +140,7 @@ def print_results(
         rows.append(
             [
                 name,
-                f"{best[name]['learning_rate']:g}",
+                f"{best[name]['learning_rate']:g}" if "learning_rate" in best[name] else "",
                 f"{best[name]['damping']:g}" if "damping" in best[name] else "",
                 f"{curve.train_loss[-1]:.3f}",
                 f"{curve.test_loss[-1]:.3f}",
@@ -140,9 +150,8 @@ def print_results(
         )
     columns = ["optimizer", "rate", "damping", "train loss", "test loss", "seconds", "ms/step"]
     report.print_table(console, f"After {args.epochs} epochs (loss: nats per image)", columns, rows)
-    edges = {
-        name for name in curves if best[name]["learning_rate"] in (min(args.learning_rates), max(args.learning_rates))
-    }
+    ends = min(args.learning_rates), max(args.learning_rates)
+    edges = {name for name in curves if best[name].get("learning_rate") in ends}
     if edges:
         console.print(f"The best learning rate of {', '.join(sorted(edges))} is on the edge of the grid: widen it.")
 
@@ -180,7 +189,7 @@ def parse_args() -> argparse.Namespace:
         help="widths of the encoder's layers, the code's last; the decoder mirrors them",
     )
     parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=LEARNING_RATES, help="the grid for all three optimizers"
+        "--learning-rates", type=float, nargs="+", default=LEARNING_RATES, help="the grid for TNT, Adam and SGD"
     )
     parser.add_argument("--dampings", type=float, nargs="+", default=DAMPINGS, help="the grid for TNT's damping")
     parser.add_argument(

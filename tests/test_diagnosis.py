@@ -12,7 +12,18 @@ import pytest
 import reference
 from flax import nnx
 
-from tnt_optax import TensorView, diagnostics, draw_diagnostics, scale_by_tnt, tnt, warm_start
+from tnt_optax import (
+    Categorical,
+    TensorView,
+    adaptive_tnt,
+    diagnostics,
+    draw_diagnostics,
+    scale_by_quadratic_model,
+    scale_by_tnt,
+    tnt,
+    value_and_sampled_grad,
+    warm_start,
+)
 
 # The shapes, and those in which they are preconditioned.
 SHAPES = {
@@ -524,6 +535,78 @@ def test_drawing():
         assert start[0] == max(float(values[f"{row}/smallest_eigenvalue"]), left.get_xlim()[0])
     with pytest.raises(ValueError, match="values: expected what diagnostics returned"):
         draw_diagnostics({"loss": 1.0})
+
+
+def adaptive_steps(tx, steps):
+    """States after each of some steps."""
+    params = {"w": jnp.linspace(-1, 1, 6).reshape(3, 2), "b": jnp.ones(2)}
+    forward = lambda p, x: x @ p["w"] + p["b"]  # noqa: E731
+    value_and_grads = value_and_sampled_grad(forward, Categorical())
+    inputs, labels = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32), jnp.arange(8) % 2
+
+    @jax.jit
+    def step(params, state, key):
+        loss, grads, sampled_grads = value_and_grads(params, inputs, labels, key)
+        updates, state = tx.update(grads, state, params, sampled_grads=sampled_grads)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, states, losses = tx.init(params), [], []
+    for key in jax.random.split(jax.random.key(0), steps):
+        params, state, loss = step(params, state, key)
+        states.append(state)
+        losses.append(float(loss))
+    return states, losses
+
+
+def test_the_quadratic_model():
+    states, losses = adaptive_steps(adaptive_tnt(), 7)
+    assert float(diagnostics(adaptive_tnt().init({"w": jnp.ones(2)}))["quadratic_model/momentum"]) == 0
+    for t, state in enumerate(states):
+        values, model = diagnostics(state), state[1]
+        assert int(values["quadratic_model/steps"]) == int(values["tnt/steps"]) == t + 1
+        for index, name in enumerate(("learning_rate", "momentum")):
+            assert float(values[f"quadratic_model/{name}"]) == float(model.coefficients[index])
+        measured = 5 * (t // 5)
+        if measured + 1 < len(losses):
+            # The reduction is what the next step sees, up to float32 rounding of the losses.
+            reduction = losses[measured] - losses[measured + 1]
+            assert float(values["quadratic_model/true_reduction"]) == pytest.approx(reduction, rel=1e-3)
+        if t == measured:
+            ratio = values["quadratic_model/true_reduction"] / values["quadratic_model/predicted_reduction"]
+            assert float(values["quadratic_model/reduction_ratio"]) == pytest.approx(float(ratio), rel=1e-6)
+        assert "w/mode_0/trace" in values
+    assert float(diagnostics(states[-1])["quadratic_model/damping"]) == float(states[-1][1].damping) < 0.1
+
+
+def test_a_quadratic_model_alone_and_several():
+    adam = optax.chain(optax.identity(), scale_by_quadratic_model(), optax.scale_by_learning_rate(1.0))
+    states, _ = adaptive_steps(adam, 2)
+    values = jax.jit(diagnostics)(states[-1])
+    assert {name.partition("/")[0] for name in values} == {"quadratic_model"}
+    assert int(values["quadratic_model/steps"]) == 2
+    partition = optax.partition({"a": adaptive_tnt(), "b": adaptive_tnt()}, {"w": "a", "b": "b"})
+    states, _ = adaptive_steps(partition, 2)
+    values = diagnostics(states[-1])
+    steps = [name for name in values if name.endswith("quadratic_model/steps")]
+    assert len(steps) == 2
+    assert len({name.removesuffix("quadratic_model/steps") for name in steps} - {""}) == 2
+    assert draw_diagnostics(values).subfigs
+
+
+def test_drawing_the_quadratic_model():
+    states, _ = adaptive_steps(adaptive_tnt(), 6)
+    history = [diagnostics(state) for state in states]
+    figure = draw_diagnostics(history)
+    spectra, model = figure.subfigs
+    assert len(spectra.axes) == 2
+    lines = {line.get_label(): line for axis in model.axes for line in axis.get_lines()}
+    for name in ("learning rate", "momentum", "predicted reduction", "true reduction", "damping"):
+        expected = [float(values[f"quadratic_model/{name.replace(' ', '_')}"]) for values in history]
+        np.testing.assert_allclose(np.ravel(lines[name].get_ydata()), expected)
+        np.testing.assert_array_equal(np.ravel(lines[name].get_xdata()), np.arange(1, 7))
+    assert len(draw_diagnostics(history[-1]).subfigs) == 2
+    with pytest.raises(ValueError, match="values"):
+        draw_diagnostics([])
 
 
 def test_without_matplotlib(monkeypatch):

@@ -1,6 +1,7 @@
 """The programs in the README and the documentation run as they are written, and the pages agree with the package."""
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -175,6 +176,14 @@ def test_the_page_of_the_language_model_has_the_numbers_of_its_program():
         losses = f"{train:.2f} | {test:.2f} | {test / np.log(2):.2f}"
         rate = written["chosen"][name]["learning_rate"]
         assert f"| {name} | {rate:g} | {losses} | {seconds:.0f} | {1000 * seconds / steps:.0f} |" in page
+
+
+def test_the_page_on_the_quadratic_model_has_the_table_of_its_program():
+    pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
+    program = importlib.import_module("quadratic_model")
+    page = (ROOT / "docs/quadratic_model.md").read_text()
+    result = json.loads((ROOT / "docs/quadratic_model.json").read_text())
+    assert f"<!-- results -->\n\n{program.table(result)}\n\n<!-- /results -->" in page
 
 
 def test_the_readme_has_the_arguments_of_tnt():

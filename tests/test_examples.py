@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -13,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,10 +25,11 @@ pytest.importorskip("rich", reason="the examples need the extra `examples`")
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 import bench
 import meshes
+import quadratic_model
 from autoencoder import bound_of
 from common import data, report
 from common.methods import PUBLISHED, Bound
-from common.problems import autoencoder_problem
+from common.problems import autoencoder_problem, poisson_problem
 from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +70,8 @@ def test_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "[0.003, 0.03]" in result.stdout  # The grid is printed.
     written = json.loads((tmp_path / "demo_digits.json").read_text())
-    assert set(written["curves"]) == {"TNT", "Adam", "SGD-m"}
+    assert set(written["curves"]) == {"Adaptive TNT", "TNT", "Adam", "SGD-m"}
+    assert set(written["tuning"]) == {"TNT", "Adam", "SGD-m"}
     for name, curve in written["curves"].items():
         assert name in result.stdout
         assert len(curve["train_loss"]) == len(curve["test_loss"]) == len(curve["seconds"]) == 3
@@ -77,6 +81,41 @@ def test_demo(tmp_path):
         assert f"{curve['train_loss'][-1]:.3f}" in result.stdout
     assert {len(trials) for trials in written["tuning"].values()} == {2}
     assert (tmp_path / "demo_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quadratic_model(tmp_path, monkeypatch):
+    options = {"widths": (4,), "batch_size": 400, "epochs": 2}
+    monkeypatch.setitem(quadratic_model.AUTOENCODERS, "digits", options)
+    monkeypatch.setattr(quadratic_model, "poisson_problem", functools.partial(poisson_problem, widths=(8, 8)))
+    result = program("quadratic_model", "--seconds", 0.5, "--seeds", 1, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "quadratic_model.json").read_text())
+    for problem, runs in written["problems"].items():
+        assert set(runs) == set(quadratic_model.USED[problem])
+        for run in (run for of_seeds in runs.values() for run in of_seeds):
+            assert run["train_loss"][-1] < run["train_loss"][0]
+    assert quadratic_model.table(written) in result.stdout
+    assert (tmp_path / "quadratic_model.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_poisson_problem_has_the_residual_of_its_equation():
+    """Against finite differences, and a function with a known Laplacian."""
+    problem = poisson_problem(seed=0, widths=(8,))
+    with jax.enable_x64(True):
+        params, points = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (problem.params, problem.inputs))
+        x, h = points["interior"][:20], 1e-4
+
+        def network(x):
+            return problem.forward(params, {"interior": x[:1], "boundary": x})["boundary"]
+
+        steps = [h * jnp.eye(2)[i] for i in range(2)]
+        laplacian = sum(network(x + e) + network(x - e) - 2 * network(x) for e in steps) / h**2
+        source = 2 * np.pi**2 * np.sin(np.pi * x[:, 0]) * np.sin(np.pi * x[:, 1])
+        residual = problem.forward(params, {"interior": x, "boundary": x})["interior"]
+        # Differences of second order, and rounding errors divided by h^2.
+        np.testing.assert_allclose(residual, -laplacian - source, rtol=1e-5, atol=1e-5)
+    edges = np.asarray(problem.inputs["boundary"])
+    assert np.all(np.any((edges == 0) | (edges == 1), axis=1))
 
 
 @pytest.mark.parametrize(

@@ -225,8 +225,8 @@ def adaptive_tnt(
             check_sampled_grads(sampled_grads)  # Before TNT's own, less strict test.
         extra: dict[str, Any] = {"sampled_grads": sampled_grads, "warm_start": warm_start}
         # What is no state of this optimizer is an error of `tnt_direction`.
-        tnt_before, model_before, *others = state if isinstance(state, tuple) and len(state) == 4 else (state, None)
-        gradient = widen(updates)
+        before: Any = state if isinstance(state, tuple) and len(state) == 4 else (state, None)
+        (tnt_before, model_before, *others), gradient = before, widen(updates)
         after: Any
         p, tnt_after = tnt_direction.update(gradient, tnt_before, params, **extra)
         u, after = model.update(p, model_before, params, grad=gradient, **extra)

@@ -41,6 +41,10 @@ def contenders(kfac_problem: Callable[[], Problem]) -> dict[str, Callable[[Probl
         subsample = 0 if tx_options.get("fisher") == "empirical" else subsample
         return functools.partial(with_optax, tx=tx, early_steps=inverse_period, subsample=subsample)
 
+    def adaptive_tnt(statistics_period: int, inverse_period: int) -> Any:
+        tx = tnt_optax.adaptive_tnt(learning_rate, statistics_period=statistics_period, inverse_period=inverse_period)
+        return functools.partial(with_optax, tx=tx, early_steps=inverse_period, subsample=1)
+
     def psgd(problem: Problem) -> Contender:
         psgdax: Any = importlib.import_module("psgdax")
         return with_optax(problem, psgdax.kron(learning_rate, preconditioner_update_probability=1 / 20))
@@ -54,6 +58,8 @@ def contenders(kfac_problem: Callable[[], Problem]) -> dict[str, Callable[[Probl
         "TNT (1, 20), 20 parts": tnt(1, 20, inverse_parts=20),
         "TNT (1, 20), 1/8 sampled": tnt(1, 20, subsample=8),
         "TNT-EF (1, 20)": tnt(1, 20, fisher="empirical"),
+        "adaptive TNT (1, 5)": adaptive_tnt(1, 5),
+        "adaptive TNT (5, 20)": adaptive_tnt(5, 20),
         "kfac-jax NaiveTNT (1, 20)": lambda _: with_kfac_jax(kfac_problem(), learning_rate),
         "PSGD-Kron (1/20)": psgd,
         "Shampoo (1, 20)": functools.partial(with_optax, tx=shampoo(learning_rate), early_steps=20),

@@ -1,7 +1,9 @@
 """What the examples train: a model, a distribution of its targets, and data."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +107,61 @@ def language_problem(
 def shifted(labels: jax.Array) -> jax.Array:
     """What each label is predicted from: the byte before it. A sequence begins after a zero, and so does padding."""
     return jnp.pad(jnp.maximum(labels[:, :-1], 0), ((0, 0), (1, 0)))
+
+
+class Poisson(NamedTuple):
+    """A physics-informed network for -Laplace u = f on the unit square, u = 0 on its boundary, on fixed points.
+
+    f is such that u = sin(pi x) sin(pi y). The loss is half the mean square of the residual in the interior plus half
+    that of u on the boundary. `error(params)` is the relative L2 error of u on other points.
+    """
+
+    forward: Callable[[Any, Any], Any]
+    predictive: tnt_optax.PredictiveDistribution
+    params: Any
+    inputs: Any
+    targets: Any
+    error: Callable[[Any], jax.Array]
+
+
+def poisson_problem(
+    *, seed: int, widths: Sequence[int] = (64, 64, 48, 48), interior: int = 900, boundary: int = 120
+) -> Poisson:
+    """A tanh network with Glorot-uniform weights and zero biases; `seed` is of these and of the random points."""
+    rng = np.random.default_rng(seed)
+    along, side = rng.uniform(size=boundary), rng.integers(4, size=boundary)
+    edge = np.stack([np.where(side < 2, along, side - 2), np.where(side < 2, side, along)], axis=1)
+    points = {"interior": jnp.float32(rng.uniform(size=(interior, 2))), "boundary": jnp.float32(edge)}
+    test = jnp.float32(rng.uniform(size=(9000, 2)))
+    params = []
+    for inputs, outputs in itertools.pairwise((2, *widths, 1)):
+        limit = np.sqrt(6 / (inputs + outputs))
+        kernel = jnp.float32(rng.uniform(-limit, limit, (inputs, outputs)))
+        params.append({"kernel": kernel, "bias": jnp.zeros(outputs)})
+
+    def network(params: Any, x: jax.Array) -> jax.Array:
+        for layer in params[:-1]:
+            x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+        return (x @ params[-1]["kernel"] + params[-1]["bias"])[..., 0]
+
+    def laplacian(params: Any, x: jax.Array) -> jax.Array:
+        def second_derivative(direction: jax.Array) -> jax.Array:
+            first = lambda x: jax.jvp(functools.partial(network, params), (x,), (direction,))[1]  # noqa: E731
+            return jax.jvp(first, (x,), (direction,))[1]
+
+        return sum(second_derivative(jnp.broadcast_to(axis, x.shape)) for axis in jnp.eye(2))  # type: ignore
+
+    def solution(x: jax.Array) -> jax.Array:
+        return jnp.sin(jnp.pi * x[:, 0]) * jnp.sin(jnp.pi * x[:, 1])
+
+    def forward(params: Any, points: Any) -> Any:
+        source = 2 * jnp.pi**2 * solution(points["interior"])
+        residual = -laplacian(params, points["interior"]) - source
+        return {"interior": residual, "boundary": network(params, points["boundary"])}
+
+    def error(params: Any) -> jax.Array:
+        return jnp.linalg.norm(network(params, test) - solution(test)) / jnp.linalg.norm(solution(test))
+
+    predictive = tnt_optax.Joint({"interior": tnt_optax.Normal(), "boundary": tnt_optax.Normal()})
+    targets = {"interior": jnp.zeros(interior), "boundary": jnp.zeros(boundary)}
+    return Poisson(forward, predictive, params, points, targets, jax.jit(error))

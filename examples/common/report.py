@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLORS = {
+    "Adaptive TNT": "black",
     "TNT": "tab:red",
     "TNT, bounded": "tab:purple",
     "TNT-EF": "tab:pink",
