@@ -142,3 +142,8 @@ def accumulate(function: Callable[[jax.Array], tuple[Any, Any]], like: Any, numb
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), like)
     return lax.scan(body, zeros, jnp.arange(number))
+
+
+def sum_over_parts(function: Callable[[Any], jax.Array], number: int) -> jax.Array:
+    """sum_j function(j), one j after the other, for small results."""
+    return function(0) if number == 1 else jnp.sum(lax.map(function, jnp.arange(number)), axis=0)

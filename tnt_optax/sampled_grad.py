@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from tnt_optax import checks
 from tnt_optax import predictive as distributions
 from tnt_optax.closures import Closures
-from tnt_optax.microbatches import Part, accumulate, part_of, split_batch
+from tnt_optax.microbatches import Part, accumulate, part_of, split_batch, sum_over_parts
 from tnt_optax.numerics import as_float, inner_products, widen
 from tnt_optax.sharding import AxisNames
 
@@ -33,12 +33,10 @@ class SampledGrad:
     Attributes:
       loss: the loss, as returned.
       grads: the gradients, as returned.
-      params: the parameters at which they were taken.
     """
 
     loss: jax.Array
     grads: Any
-    params: Any
     _closures: Closures
     _parts: int = dataclasses.field(metadata={"static": True})
     _axis_name: AxisNames | None = dataclasses.field(metadata={"static": True})
@@ -46,6 +44,11 @@ class SampledGrad:
     def __call__(self) -> Any:
         """The sampled-label gradient, a tree like the parameters."""
         return self._closures.call("gradient")
+
+    @property
+    def params(self) -> Any:
+        """The parameters at which the loss and its gradient were taken."""
+        return self._closures.call("params")
 
     def fisher_products(self, directions: Sequence[Any]) -> jax.Array:
         """The Fisher matrix of the batch in the span of some directions: the matrix of d_i^T J^T H J d_j.
@@ -74,16 +77,14 @@ class SampledGrad:
         """
         stacked, number = self._stack(directions), len(directions)
 
-        def of_part(part: jax.Array | int) -> tuple[jax.Array, None]:
+        def of_part(part: jax.Array | int) -> jax.Array:
             products = jax.vmap(lambda direction: self._closures.call("products", part, direction))(stacked)
             tangents, curved = (_unstacked(tree, number) for tree in products)
-            return inner_products(tangents, curved), None
+            return inner_products(tangents, curved)
 
         if not jax.tree.leaves(stacked):
             return as_float(jnp.zeros((number, number)))
-        if self._parts == 1:
-            return _mean(of_part(0)[0], self._axis_name)
-        return _mean(accumulate(of_part, as_float(jnp.zeros((number, number))), self._parts)[0], self._axis_name)
+        return _mean(sum_over_parts(of_part, self._parts), self._axis_name)
 
     def regularizer_products(self, directions: Sequence[Any]) -> jax.Array:
         """The matrix of d_i^T R d_j, R the Hessian of the regularizer; zeros without one. As `fisher_products`."""
@@ -104,7 +105,7 @@ class SampledGrad:
     def _stack(self, directions: Sequence[Any]) -> Any:
         if not directions:
             raise ValueError("directions: expected at least one tree like the parameters, got none.")
-        zeros = optax.tree.zeros_like(self.params)
+        zeros = optax.tree.zeros_like(self.grads)
         trees = [checks.fill(f"directions[{i}]", d, zeros, "the parameters") for i, d in enumerate(directions)]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
@@ -223,11 +224,16 @@ def value_and_sampled_grad(
             value = _mean(batch.loss_at(params), axis_name)
             return value if regularizer is None else value + _penalty(regularizer, params).astype(value.dtype)
 
-        functions = {"gradient": (gradient, ()), "products": (products, (0, params)), "loss_at": (loss_at, (params,))}
+        functions = {
+            "params": (lambda: params, ()),
+            "gradient": (gradient, ()),
+            "products": (products, (0, params)),
+            "loss_at": (loss_at, (params,)),
+        }
         if regularizer is not None:
             hessian = functools.partial(_regularizer_product, regularizer, params)
             functions["regularizer_product"] = (hessian, (params,))
-        sampled_grads = SampledGrad(value, grads, params, Closures(functions), microbatches, axis_name)
+        sampled_grads = SampledGrad(value, grads, Closures(functions), microbatches, axis_name)
         return ((value, aux) if has_aux else value), grads, sampled_grads
 
     return value_and_grads
@@ -331,12 +337,12 @@ class _Batch:
     def loss_at(self, params: Any) -> jax.Array:
         """The loss at other parameters."""
 
-        def of_index(index: jax.Array | int) -> tuple[jax.Array, None]:
+        def of_index(index: jax.Array | int) -> jax.Array:
             part = self._part(index)
             outputs, _ = self.model.outputs_and_aux(params, part.inputs)
-            return self.model.value_and_cotangent(outputs, part)[0], None
+            return self.model.value_and_cotangent(outputs, part)[0]
 
-        return of_index(0)[0] if self.number == 1 else accumulate(of_index, jnp.zeros([]), self.number)[0]
+        return sum_over_parts(of_index, self.number)
 
     def _part(self, index: jax.Array | int) -> Part:
         return self.parts if self.number == 1 else part_of(self.parts, index)
