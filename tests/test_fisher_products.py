@@ -12,7 +12,7 @@ import pytest
 from helpers import FixedSamples, Poisson, count, marked
 from jax.flatten_util import ravel_pytree
 
-from tnt_optax import Bernoulli, Categorical, Joint, Normal, SampledGrad, value_and_sampled_grad
+from tnt_optax import Bernoulli, Categorical, Joint, Normal, SampledGrad, adaptive_tnt, tnt, value_and_sampled_grad
 
 BATCH, TIME, FEATURES, HIDDEN, OUTPUTS = 4, 2, 3, 4, 3
 WEIGHTS = np.float32([0.5, 2.0, 0.25, 1.0])
@@ -61,6 +61,11 @@ def make_directions(number, params=None, seed=1):
 def forward(params, inputs):
     hidden = jnp.tanh(inputs @ params["hidden"]["w"] + params["hidden"]["b"])
     return hidden @ params["out"]["w"] + params["out"]["b"]
+
+
+def flat(params, inputs):
+    """One number for each example, without an axis."""
+    return forward(params, inputs)[:, 0]
 
 
 def two_parameters(params, inputs):
@@ -201,8 +206,8 @@ CASES = {
     "sequences": (Categorical, SEQUENCES),
     "weighted sequences": (lambda: Categorical(jnp.asarray(SEQUENCE_WEIGHTS)), SEQUENCES),
     "bernoulli": (Bernoulli, one_head),
-    "normal": (lambda: Normal(0.5), one_head),
-    "variances": (lambda: Normal(jnp.array([0.5, 1.0, 3.0])), one_head),
+    "normal": (lambda: Normal(0.5), lambda: (flat, *one_head()[1:])),
+    "variances": (lambda: Normal(jnp.array([0.5, 1.0, 3.0])), SEQUENCES),
     "own": (Poisson, one_head),
     "own product": (LearnedVariance, with_log_variance),
     "joint": (lambda: Joint({"first": Categorical(), "second": Normal(0.5)}), with_two_heads),
@@ -229,16 +234,55 @@ def test_products_are_those_of_the_dense_matrix(name):
     assert bool(jnp.any(ours)) == (name != "no weights")
 
 
-def test_the_hessian_at_samples_would_not_do():
-    """So that the case "own product" tests the method and not the fallback."""
+class AtSamples(LearnedVariance):
+    fisher_product = property()  # So that `hasattr` says no.
 
-    class Fallback(LearnedVariance):
-        fisher_product = property()
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_without_a_method_it_is_the_hessian_at_the_sampled_targets(joint):
+    """Not the Fisher matrix here, so that the case "own product" tests the method."""
     model, params, inputs = with_log_variance()
-    assert not hasattr(Fallback(), "fisher_product")
-    ours = jitted_products(model, Fallback(), params, inputs, make_directions(2))
+    directions, key, predictive = make_directions(2), jax.random.key(3), AtSamples()
+    jacobian, outputs = dense_jacobian(model, params, inputs)
+    if joint:
+        model, predictive = lambda p, x: {"only": two_parameters(p, x)}, Joint({"only": predictive})
+    ours = jitted_products(model, predictive, params, inputs, directions)
+    # The targets of `sampled_grads()`, and the second derivatives of LearnedVariance.loss, with r = mean - target.
+    targets = predictive.sample(key, jax.jit(model)(params, inputs))
+    r = (outputs["mean"] - np.asarray(targets["only"] if joint else targets, float)).ravel()
+    precision = np.exp(-outputs["log_variance"]).ravel()
+    # The outputs in the order of their names: log-variance, mean.
+    blocks = [[r**2 * precision / 2, -r * precision], [-r * precision, precision]]
+    hessian = np.block([[np.diag(block) for block in row] for row in blocks]) / BATCH
+    tangents = jacobian @ flattened(directions).T
+    assert_products(ours, tangents.T @ hessian @ tangents)
     assert np.abs(ours - dense_truth("own product")).max() > 0.1 * np.abs(ours).max()
+
+
+def test_a_distribution_gets_outputs_and_tangents_in_float32():
+    dtypes = []
+
+    class Recording(Poisson):
+        def fisher_product(self, outputs, tangents):
+            dtypes.append((outputs.dtype, tangents.dtype))
+            return tangents
+
+    model, params, inputs = one_head()
+    narrow, narrow_inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, inputs))
+    targets = jnp.ones((BATCH, OUTPUTS), jnp.bfloat16)
+    for predictive, run, y in (
+        (Recording(), model, targets),
+        (Joint({"only": Recording()}), lambda p, x: {"only": model(p, x)}, {"only": targets}),
+    ):
+        sampled(run, predictive, narrow, narrow_inputs, targets=y).fisher_products([params])
+    assert dtypes == [(jnp.float32, jnp.float32)] * 2
+
+
+def test_a_model_without_parameters():
+    sampled_grads = sampled(lambda params, inputs: inputs, Categorical(), {}, one_head()[2])
+    np.testing.assert_array_equal(sampled_grads.fisher_products([{}, None]), np.zeros((2, 2)))
+    np.testing.assert_array_equal(sampled_grads.regularizer_products([{}]), np.zeros((1, 1)))
+    np.testing.assert_allclose(sampled_grads.loss_at({}), sampled_grads.loss, rtol=1e-6)  # The same sums.
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -368,6 +412,7 @@ def test_params_may_have_holes_themselves(left_out):
         return sampled(with_hole, Categorical(), params, inputs)
 
     def use(sampled_grads):
+        assert jax.tree.structure(sampled_grads.params) == jax.tree.structure(holed)
         return sampled_grads.fisher_products(directions), sampled_grads.loss_at(holed), sampled_grads.loss
 
     for products, *losses in (jax.jit(lambda p: use(create(p)))(holed), jax.jit(use)(jax.jit(create)(holed))):
@@ -417,6 +462,21 @@ def test_float32_where_float64_is_allowed(microbatches):
         assert_products(hessian, dense_penalty(params, directions))
         np.testing.assert_allclose(loss, sampled_grads.loss, rtol=1e-6)  # float32
         assert loss.dtype == sampled_grads.loss.dtype  # The optimizer subtracts them.
+
+
+@pytest.mark.parametrize("make", [adaptive_tnt, lambda: tnt(0.1)], ids=["adaptive_tnt", "tnt"])
+def test_an_optimizer_with_float32_where_float64_is_allowed(make):
+    """Under strict promotion, as all tests here."""
+    model, params, inputs = one_head()
+    tx = make()
+    with jax.enable_x64(True):
+
+        def step(params, inputs):
+            value_and_grads = value_and_sampled_grad(model, Categorical())
+            _, grads, sampled_grads = value_and_grads(params, inputs, jnp.zeros(BATCH, int), jax.random.key(0))
+            return tx.update(grads, tx.init(params), params, sampled_grads=sampled_grads)[0]
+
+        chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(step, params, inputs), params)
 
 
 @pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -534,6 +594,7 @@ def test_the_numbers_across_a_jit_boundary(microbatches):
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(sampled_grads))
         expected = inside(*arguments)
         chex.assert_trees_all_close(use(sampled_grads), expected, rtol=1e-5, atol=1e-6)  # float32, compiled twice
+        chex.assert_trees_all_equal(sampled_grads.params, params)
         at_other = jitted(others, *arguments[1:]).loss
         np.testing.assert_allclose(expected["loss"], at_other, rtol=1e-6)  # The same sums.
     assert len(traces) == 1

@@ -104,7 +104,7 @@ def scale_by_quadratic_model(
         if warm_start is not None:
             return updates, state
         batch = check_sampled_grads(sampled_grads)
-        rounding = jnp.finfo(batch.loss.dtype).eps
+        rounding = float(jnp.finfo(batch.loss.dtype).eps)
         p = widen(checks.match("updates", updates, state.step, "the optimizer's state") if use_momentum else updates)
         g = widen(checks.match("grad", batch.grads if grad is None else grad, p, "the updates"))
         damping = state.damping if adaptive_damping else as_float(initial_damping)
@@ -143,7 +143,7 @@ def scale_by_quadratic_model(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _minimizer(curvature: jax.Array, slopes: jax.Array, rounding: Any) -> jax.Array:
+def _minimizer(curvature: jax.Array, slopes: jax.Array, rounding: float) -> jax.Array:
     """c with curvature c = slopes. Of two directions that are parallel, to working precision, the first one alone."""
     diagonal = jnp.diagonal(curvature)
     alone = jnp.zeros_like(slopes).at[0].set(slopes[0] / jnp.where(diagonal[0] == 0, 1, diagonal[0]))
