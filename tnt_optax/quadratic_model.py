@@ -126,7 +126,7 @@ def scale_by_quadratic_model(
         u = jax.tree.map(lambda x: jnp.where(accepted, x, 0), u)
         if adaptive_damping:
             share = damping * _square(squares, c) / _square(curvature, c)
-            reliable = measured & minimum & (predicted > 10 * rounding * jnp.abs(batch.loss))
+            reliable = measured & minimum & (predicted > 10 * rounding * jnp.abs(as_float(batch.loss)))
             damping = jnp.where(reliable, _adapted(damping, ratio, share), damping)
         return optax.tree.cast_like(u, updates), QuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
