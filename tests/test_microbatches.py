@@ -12,7 +12,7 @@ import optax
 import pytest
 from helpers import FixedSamples, Poisson, count, marked
 
-from tnt_optax import Bernoulli, Categorical, Normal, tnt, value_and_sampled_grad
+from tnt_optax import Bernoulli, Categorical, Normal, adaptive_tnt, tnt, value_and_sampled_grad
 from tnt_optax.microbatches import split
 
 BATCH, FEATURES, CLASSES = 12, 4, 3
@@ -165,11 +165,11 @@ def test_the_sampled_passes_run_only_every_statistics_period():
 
 
 @pytest.mark.optimized
-def test_memory_is_that_of_one_part():
+@pytest.mark.parametrize("tx", [tnt(0.1, statistics_period=2), adaptive_tnt()], ids=["tnt", "adaptive_tnt"])
+def test_memory_is_that_of_one_part(tx):
     """Ten layers, whose activations are far larger than their parameters."""
     params = [0.1 * jnp.ones((32, 32)) for _ in range(10)]
     inputs, targets = jnp.ones((4096, 32)), jnp.zeros(4096, int)
-    tx = tnt(0.1, statistics_period=2)
 
     def deep(params, x):
         for w in params:
