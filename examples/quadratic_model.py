@@ -99,7 +99,8 @@ def table(result: Mapping[str, Any]) -> str:
                     for key in ("steps", "seconds", "train_loss")
                 )
                 shown = ", ".join(f"{loss:.4g}" for loss in losses)
-                lines.append(f"| {problem} | {optimizer} | {np.mean(steps):,.0f} | {shown} | {np.mean(seconds):.2g} |")
+                cells = problem, optimizer, f"{np.mean(steps):,.0f}", shown, f"{np.mean(seconds):.1f}"
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

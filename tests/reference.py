@@ -107,24 +107,28 @@ class QuadraticModel:
         self.damping, self.adaptive_damping, self.use_momentum = damping, adaptive_damping, use_momentum
         self.t, self.u = 0, np.zeros(size)
 
-    def step(self, direction, gradient, curvature, reduction=None):
+    def step(self, direction, gradient, curvature, loss=None, own_gradient=None):
         """u for the direction p and the gradient g.
 
-        `curvature` is J^T H J + R, a dense matrix. `reduction(u)`, the loss minus the loss at theta - u, is needed to
-        adapt the damping.
+        `curvature` is J^T H J + R, a dense matrix. `loss(u)` is the loss at theta - u, with `own_gradient` at u = 0;
+        None: that is g. It is needed to adapt the damping.
         """
         damped = curvature + self.damping * np.eye(len(direction))
         directions = [direction, self.u] if self.use_momentum and np.any(self.u) else [direction]
         basis = np.stack(directions, axis=1)
         self.coefficients = np.linalg.solve(basis.T @ damped @ basis, basis.T @ gradient)
-        self.u = basis @ self.coefficients
-        self.predicted = gradient @ self.u - self.u @ damped @ self.u / 2
-        if self.adaptive_damping and self.t % 5 == 0:
-            ratio = reduction(self.u) / self.predicted
-            share = self.damping * self.u @ self.u / (self.u @ damped @ self.u)
-            if ratio < 0.25:
-                self.damping *= 2
-            elif share > 0.01 and ratio > 0.75:
-                self.damping *= 0.5 if ratio > 1.5 else 0.95
-        self.t += 1
-        return self.u
+        u = basis @ self.coefficients
+        self.predicted = gradient @ u - u @ damped @ u / 2
+        if self.adaptive_damping and (self.t % 5 == 0 or not np.any(self.u)):
+            expected = (gradient if own_gradient is None else own_gradient) @ u - u @ damped @ u / 2
+            true = loss(0 * u) - loss(u)
+            if expected > 0:
+                share = self.damping * u @ u / (u @ damped @ u)
+                if true < 0.25 * expected:
+                    self.damping *= 2
+                elif share > 0.01 and true > 0.75 * expected:
+                    self.damping *= 0.5 if true > 1.5 * expected else 0.95
+                if true < -max(expected, abs(loss(0 * u))):
+                    u = 0 * u
+        self.t, self.u = self.t + 1, u
+        return u

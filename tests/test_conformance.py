@@ -97,11 +97,10 @@ def reference_with_a_model(views, as_views, learning_rate):
         direction = flat(tnt.direction(as_views(grads), as_views(sampled_grad_of(sampled)())))
         model = model or reference.QuadraticModel(len(direction))
 
-        def loss(theta):
-            return np.mean((inputs @ theta - 1) ** 2) / 2
+        def loss(u):
+            return np.mean((inputs @ u + 1) ** 2) / 2
 
-        reduction = lambda u: loss(0 * u) - loss(-u)  # noqa: E731
-        u = model.step(direction, flat(grads), inputs.T @ inputs / len(inputs), reduction)
+        u = model.step(direction, flat(grads), inputs.T @ inputs / len(inputs), loss, -np.mean(inputs, axis=0))
         ends = np.cumsum([np.size(x) for x in params])[:-1]
         return [w - learning_rate * x.reshape(w.shape) for w, x in zip(params, np.split(u, ends), strict=True)]
 

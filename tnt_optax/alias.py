@@ -233,13 +233,15 @@ def adaptive_tnt(
         u, others = decay_and_factor.update(u, tuple(others), widen(params))
         u = optax.tree.cast_like(u, updates)
         # The decay, too, leaves out a step that the model rejected. A factor may be at fault as well.
+        taken = after.rejected_steps == model_before.rejected_steps
         finite = all_finite(u)
-        moves = (
-            finite
-            & (after.rejected_steps == model_before.rejected_steps)
-            & (check_state(tnt_after).statistics_count > 0)
+        after = after._replace(
+            step=optax.tree.where(finite, after.step, optax.tree.zeros_like(after.step)),
+            coefficients=jnp.where(finite, after.coefficients, 0),
+            predicted_reduction=jnp.where(finite, after.predicted_reduction, 0),
+            rejected_steps=count_events(after.rejected_steps, taken & ~finite),
         )
-        after = after._replace(rejected_steps=count_events(after.rejected_steps, ~finite))
+        moves = taken & finite & (check_state(tnt_after).statistics_count > 0)
         return optax.tree.where(moves, u, optax.tree.zeros_like(u)), (tnt_after, after, *others)
 
     return optax.GradientTransformationExtraArgs(init, update)

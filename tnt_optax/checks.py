@@ -44,10 +44,11 @@ def check_static_period(name: str, value: Any) -> None:
     check_period(name, value)
 
 
-def check_flag(name: str, value: Any) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r} of type {type(value).__name__}.")
+def check_flags(**flags: Any) -> None:
+    """Each is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r} of type {type(value).__name__}.")
 
 
 def check_axis_names(name: str, value: Any) -> None:

@@ -60,7 +60,7 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
     Of a quadratic model, for the last step u = c_1 p_t + c_2 u_(t-1) (see `scale_by_quadratic_model`):
 
       "quadratic_model/steps": int32; the number of steps.
-      "quadratic_model/learning_rate", "quadratic_model/momentum": c_1 and c_2; 0 where the step was rejected.
+      "quadratic_model/learning_rate", "quadratic_model/momentum": c_1 and c_2; 0 without a step.
       "quadratic_model/damping": lambda, for the next step.
       "quadratic_model/predicted_reduction": of the loss of the batch, by the model.
       "quadratic_model/true_reduction", "quadratic_model/reduction_ratio": the measured one, for the last step for which
@@ -74,7 +74,7 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
     Args:
       opt_state: of `tnt`, `adaptive_tnt`, or with the state of `scale_by_tnt` or `scale_by_quadratic_model` in it, also
         inside chained, masked, partitioned or injected states.
-      grads: None, or the gradients of the last step, a tree like the parameters.
+      grads: None, or the gradients of the last step, a tree like the parameters. Not used without a `TNTState`.
       updates: None, or what `update` returned for them.
 
     Raises:

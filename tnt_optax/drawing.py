@@ -63,7 +63,9 @@ def _draw_model(figure: Any, history: Sequence[Mapping[str, Any]], prefix: str) 
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
         if names[0] in ("predicted_reduction", "damping"):
-            axis.set_yscale("log", nonpositive="mask")
+            sizes = np.abs(np.concatenate([np.ravel(curve(name)) for name in names]))
+            # Logarithmic, but with a place for a loss that grew.
+            axis.set_yscale("symlog", linthresh=np.min(sizes[sizes > 0], initial=1))
     figure.suptitle(f"{prefix.rstrip('/')}: {int(curve('rejected_steps')[-1].sum())} rejected steps", fontsize=9)
 
 

@@ -16,6 +16,16 @@ def float32_or_better(x: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
+def epsilon(tree: Any) -> float:
+    """The largest rounding error of the dtypes in a tree."""
+    return max([float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree)], default=0.0)
+
+
+def largest_number(tree: Any) -> float:
+    """The largest number that all dtypes in a tree have."""
+    return min([float(jnp.finfo(x.dtype).max) for x in jax.tree.leaves(tree)], default=0.0)
+
+
 def as_float(x: jax.typing.ArrayLike) -> jax.Array:
     """A hyper-parameter, which `optax.inject_hyperparams` may give as an array of any dtype, in float32 or better."""
     return jnp.asarray(x, jnp.result_type(float))
@@ -37,25 +47,34 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(float32_or_better(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
+def largest(tree: Any) -> jax.Array:
+    """The largest absolute value of a tree, NaN if there is one: a scalar in float32 or better."""
+    # One pass without an intermediate array; the maximum of NaN and anything is NaN. The results are stacked, because
+    # XLA would otherwise duplicate all reductions into every consumer of the answer.
+    of_leaves = [as_float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack([as_float(0.0), *of_leaves]))
+
+
 def all_finite(tree: Any) -> jax.Array:
     """Whether every element of a tree is finite: a boolean scalar."""
-    # One pass without an intermediate array; the maximum of NaN and anything is NaN. The results are stacked before
-    # they are tested, because XLA would otherwise duplicate all reductions into every consumer of the answer.
-    largest = [as_float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.isfinite(jnp.stack([as_float(0.0), *largest])))
+    return jnp.isfinite(largest(tree))
 
 
-def inner_products(trees: Sequence[Any], others: Sequence[Any]) -> jax.Array:
-    """The matrix of <tree_i, other_j>, in float32 or better; an element that is 0 in the other does not count."""
+def inner_product(tree: Any, other: Any) -> jax.Array:
+    """<tree, other>, in float32 or better; an element that is 0 in the other does not count."""
 
-    def of_pair(tree: Any, other: Any) -> jax.Array:
-        def of_leaf(x: jax.Array, y: jax.Array) -> jax.Array:
-            return as_float(jnp.sum(jnp.where(y == 0, 0, x * y)))
+    def of_leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+        return as_float(jnp.sum(jnp.where(y == 0, 0, x * y)))
 
-        products = jax.tree.leaves(jax.tree.map(of_leaf, widen(tree), widen(other)))
-        return jnp.sum(jnp.stack([as_float(0.0), *products]))
+    products = jax.tree.leaves(jax.tree.map(of_leaf, widen(tree), widen(other)))
+    return jnp.sum(jnp.stack([as_float(0.0), *products]))
 
-    return jnp.stack([jnp.stack([of_pair(tree, other) for other in others]) for tree in trees])
+
+def symmetric_products(trees: Sequence[Any], others: Sequence[Any]) -> jax.Array:
+    """The matrix of <tree_i, other_j>, which is known to be symmetric, so that one half of it is computed."""
+    half = {(i, j): inner_product(trees[i], others[j]) for j in range(len(trees)) for i in range(j + 1)}
+    size = range(len(trees))
+    return jnp.stack([jnp.stack([half[min(i, j), max(i, j)] for j in size]) for i in size])
 
 
 def count_events(count: jax.Array, events: jax.Array) -> jax.Array:

@@ -141,8 +141,8 @@ def bound(options: Options, direction: Any, momentum: Any, t: jax.Array) -> tupl
     products = jax.tree.map(lambda p, m: as_float(jnp.sum(p * m)), direction, momentum)
     # Not below 0, whatever the rounding errors. For the stack, see `all_finite`.
     squared_norm = jnp.sum(jnp.maximum(jnp.stack([as_float(0.0), *jax.tree.leaves(products)]), 0))
-    exceeds = squared_norm > jnp.square(radius)
-    scale = jnp.where(exceeds, radius * lax.rsqrt(squared_norm), 1)
+    exceeds = ~(squared_norm <= jnp.square(radius))  # Also where a schedule returns NaN.
+    scale = jnp.where(exceeds, jnp.abs(radius) * lax.rsqrt(squared_norm), 1)
     # The scale is undefined on overflow: NaN triggers the rejection of the step.
     scale = jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
     return jax.tree.map(lambda p: scale.astype(p.dtype) * p, direction), exceeds

@@ -12,17 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
-from tnt_optax import checks
-from tnt_optax.numerics import as_float, cond, count_events, evaluate_schedule, float32_or_better, inner_products, widen
+from tnt_optax import checks, numerics
+from tnt_optax.numerics import as_float, count_events, evaluate_schedule, inner_product, symmetric_products, widen
 from tnt_optax.options import Number, NumberOrSchedule
-from tnt_optax.sampled_grad import SampledGrad, check_sampled_grads
-from tnt_optax.state import QuadraticModelState
+from tnt_optax.sampled_grad import check_sampled_grads
+from tnt_optax.state import QuadraticModelState, check_model_state, init_model_state
 
-# At every so many steps the loss is computed at the new parameters, to adapt lambda.
-MEASURING_PERIOD = 5
+_MEASURING_PERIOD = 5  # The loss at the new parameters is computed at every fifth step, to adapt lambda.
+_DAMPING_RANGE = 1e-8, 1e8  # of lambda, times its initial value.
 
 
 def scale_by_quadratic_model(
@@ -42,19 +43,19 @@ def scale_by_quadratic_model(
     >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
     >>> updates, opt_state = adam.update(grads, opt_state, params, sampled_grads=sampled_grads)
 
-    The step follows the noise of its batch: at the end of a training, let the factor behind it fall to 0
-    (`optax.scale_by_schedule`), or average the parameters. Momentum in the direction itself is not needed.
+    The step follows the noise of its batch: let the factor behind it (`optax.scale_by_schedule`) fall to 0 at the end
+    of a training. Momentum in the direction itself is not needed.
 
     Args:
       initial_damping: lambda >= 0 at the first step. It bounds the steps while the Fisher matrix of a batch says little
         about the loss; it is on the scale of the Fisher matrix's eigenvalues.
-      adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt: at every fifth step the loss
-        is computed at the new parameters (a forward pass, in `jax.lax.cond`). Where it fell by less than 1/4 of what
-        the model predicted, lambda is doubled; by more than 3/4, multiplied by 0.95; by more than 3/2, which is where
-        lambda itself limits the step, halved. It stays as it is where it contributes less than 1% to <u, A u>, and
-        where the predicted reduction is less than the rounding error of the loss. With a `loss` that is linear in the
-        outputs (a policy gradient) the comparison says nothing: pass False, and a `trust_radius`. False: lambda is
-        `initial_damping` at every step; with 0, u is the pure minimizer.
+      adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt. At every fifth step, and
+        after a rejected one, the loss is computed at the new parameters (a forward pass, in `jax.lax.cond`). Where it
+        fell by less than 1/4 of what the model predicted, lambda is doubled; by more than 3/4, multiplied by 0.95; by
+        more than 3/2, where lambda itself limits the step, halved. It is not reduced where it contributes less than 1%
+        to <u, A u>, not changed where the prediction is less than the rounding error of the loss, and stays within a
+        factor of 1e8 of its initial value. With a `loss` that is linear in the outputs (a policy gradient) the
+        comparison says nothing: pass False, and a `trust_radius`. False: lambda is `initial_damping`; 0 is allowed.
       use_momentum: whether u_(t-1) is a direction. False: u is a multiple of p, and the state holds no tree.
       trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u> exceeds r^2. To second order
         that is twice the KL divergence per example between the predictions before and after the step.
@@ -65,8 +66,8 @@ def scale_by_quadratic_model(
       `sampled_grads.grads` (because it was clipped, say). Updates have the dtypes of p. Inside `optax.masked` and
       `optax.partition` the model takes the other parameters as fixed.
 
-      Where p is 0, so is the update. Where something is not finite, or the model has no minimum, the step is rejected:
-      the update is zero, the step is counted, and the next one has no momentum.
+      Where p is 0, so is the update. Where something is not finite, the model has no minimum, or the measured loss more
+      than doubles, the step is rejected: the update is zero, it is counted, and the next one has no momentum.
 
     Raises:
       ValueError: a number is out of its range. From `update`: `sampled_grads` is no `SampledGrad`, or a tree has
@@ -75,18 +76,13 @@ def scale_by_quadratic_model(
         transformation, or the model has no `SampledGrad.fisher_products`.
     """
     checks.check_number("initial_damping", initial_damping, 0, closed=True)
-    checks.check_flag("adaptive_damping", adaptive_damping)
-    checks.check_flag("use_momentum", use_momentum)
+    checks.check_flags(adaptive_damping=adaptive_damping, use_momentum=use_momentum)
     if trust_radius is not None:
         checks.check_number("trust_radius", trust_radius, 0, schedule=True)
 
     def init(params: optax.Params) -> QuadraticModelState:
         checks.check_floating("params", params)
-        step = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), params) if use_momentum else None
-        # Every field has an array of its own, because a state that holds an array twice cannot be donated.
-        damping, coefficients = jnp.array(as_float(initial_damping)), as_float(jnp.zeros(2 if use_momentum else 1))
-        counters, reductions = ([jnp.zeros([], dtype) for _ in range(3)] for dtype in (jnp.int32, damping.dtype))
-        return QuadraticModelState(counters[0], step, damping, coefficients, *reductions, *counters[1:])
+        return init_model_state(params, as_float(initial_damping), use_momentum)
 
     def update(
         updates: optax.Updates,
@@ -99,43 +95,61 @@ def scale_by_quadratic_model(
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuadraticModelState]:
         del params, extra_args
-        if not isinstance(state, QuadraticModelState):
-            raise TypeError(f"state: expected a QuadraticModelState, got {type(state).__name__}: call tx.init(params).")
+        state = check_model_state(state, use_momentum)
         if warm_start is not None:
             return updates, state
         batch = check_sampled_grads(sampled_grads)
-        rounding = float(jnp.finfo(batch.loss.dtype).eps)
         p = widen(checks.match("updates", updates, state.step, "the optimizer's state") if use_momentum else updates)
-        g = widen(checks.match("grad", batch.grads if grad is None else grad, p, "the updates"))
+        own_gradient = widen(checks.match("sampled_grads.grads", batch.grads, p, "the updates"))
+        g = own_gradient if grad is None else widen(checks.match("grad", grad, p, "the updates"))
         damping = state.damping if adaptive_damping else as_float(initial_damping)
 
-        directions = [p, state.step] if use_momentum else [p]
-        fisher, squares = batch.fisher_products(directions), inner_products(directions, directions)
+        # Directions of length 1, so that no product over- or underflows because of theirs.
+        directions, lengths = zip(*map(_normalized, [p, state.step] if use_momentum else [p]), strict=True)
+        fisher, squares = batch.fisher_products(directions), symmetric_products(directions, directions)
         curvature = fisher + batch.regularizer_products(directions) + damping * squares
-        slopes = inner_products(directions, [g])[:, 0]
-        c, bounded = _bounded(_minimizer(curvature, slopes, rounding), fisher, trust_radius, state.count)
+        slopes = jnp.stack([inner_product(d, g) for d in directions])
+        c, bounded = _bounded(_minimizer(curvature, slopes, numerics.epsilon(p)), fisher, trust_radius, state.count)
         predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
-        finite = jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted)])))
+        numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted, jnp.stack(lengths))])
+        finite = jnp.all(jnp.isfinite(numbers)) & (jnp.sum(jnp.abs(c)) <= numerics.largest_number(updates))
         # Where p is 0 (before there are statistics, say) there is no step, which is no fault.
-        nothing = finite & (squares[0, 0] == 0)
+        nothing = finite & (lengths[0] == 0)
         minimum = finite & (curvature[0, 0] > 0) & jnp.all(jnp.diagonal(curvature) >= 0) & ~nothing
-
         u = jax.tree.map(lambda *d: sum(x * y.astype(x.dtype) for x, y in zip(d, c, strict=True)), *directions)
-        measured, true, ratio = _measure(adaptive_damping, batch, u, predicted, state)
-        accepted = minimum & (~measured | jnp.isfinite(true))
-        u = jax.tree.map(lambda x: jnp.where(accepted, x, 0), u)
+
+        def measure() -> tuple[jax.Array, jax.Array]:
+            theta = checks.match("params", batch.params, u, "the updates")
+            new = jax.tree.map(lambda x, step: (x.astype(step.dtype) - step).astype(x.dtype), theta, u)
+            # What the model predicts with the batch's own gradient, where `grad` is another one.
+            own_slopes = jnp.stack([inner_product(d, own_gradient) for d in directions])
+            return as_float(batch.loss - batch.loss_at(new)), predicted + jnp.sum(c * (own_slopes - slopes))
+
+        # Also after a step that was rejected: the same lambda would give the same step.
+        due = (state.count % _MEASURING_PERIOD == 0) | ((state.count > 0) & (state.coefficients[0] == 0))
+        measured: Any = due if adaptive_damping else np.bool_(False)
+        true, expected = numerics.cond(measured, measure, lambda: (state.true_reduction, predicted))
+        loss, epsilon = (
+            jnp.abs(as_float(batch.loss)),
+            max(10 * numerics.epsilon(batch.loss), numerics.epsilon(batch.params)),
+        )
+        reliable = minimum & measured & (expected > epsilon * loss)
+        worse = reliable & (true < -jnp.maximum(expected, loss))
+        accepted = minimum & ~worse & (~measured | jnp.isfinite(true))
+        ratio = true / jnp.where(reliable, expected, 1)
         if adaptive_damping:
             share = damping * _square(squares, c) / _square(curvature, c)
-            reliable = measured & minimum & (predicted > 10 * rounding * jnp.abs(as_float(batch.loss)))
-            damping = jnp.where(reliable, _adapted(damping, ratio, share), damping)
+            low, high = (as_float(initial_damping) * bound for bound in _DAMPING_RANGE)
+            damping = jnp.where(reliable, jnp.clip(_adapted(damping, ratio, share), low, high), damping)
+        u = jax.tree.map(lambda x: jnp.where(accepted, x, 0), u)
         return optax.tree.cast_like(u, updates), QuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             step=u if use_momentum else None,
             damping=damping,
-            coefficients=jnp.where(accepted, c, 0),
+            coefficients=jnp.where(accepted, c / jnp.where(jnp.stack(lengths) > 0, jnp.stack(lengths), 1), 0),
             predicted_reduction=jnp.where(accepted, predicted, 0),
             true_reduction=jnp.where(measured & accepted, true, state.true_reduction),
-            reduction_ratio=jnp.where(measured & accepted, ratio, state.reduction_ratio),
+            reduction_ratio=jnp.where(reliable & accepted, ratio, state.reduction_ratio),
             bounded_steps=count_events(state.bounded_steps, bounded & accepted),
             rejected_steps=count_events(state.rejected_steps, ~accepted & ~nothing),
         )
@@ -143,19 +157,27 @@ def scale_by_quadratic_model(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _minimizer(curvature: jax.Array, slopes: jax.Array, rounding: float) -> jax.Array:
-    """c with curvature c = slopes. Of two directions that are parallel, to working precision, the first one alone."""
+def _normalized(direction: Any) -> tuple[Any, jax.Array]:
+    """The direction divided by the size of its largest element, and that size."""
+    length = numerics.largest(direction)
+    return jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), direction), length
+
+
+def _minimizer(curvature: jax.Array, slopes: jax.Array, epsilon: float) -> jax.Array:
+    """c with curvature c = slopes.
+
+    The first direction alone, where two are parallel to working precision, or the model has no minimum in their plane.
+    """
     diagonal = jnp.diagonal(curvature)
     alone = jnp.zeros_like(slopes).at[0].set(slopes[0] / jnp.where(diagonal[0] == 0, 1, diagonal[0]))
     if len(slopes) == 1:
         return alone
-    # Scaled to a unit diagonal, which the lengths of the directions do not affect.
-    scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+    scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))  # To a unit diagonal.
     b, correlation = scale * slopes, scale[0] * curvature[0, 1] * scale[1]
     determinant = 1 - jnp.square(correlation)
-    singular = ~(determinant > 100 * rounding) | (diagonal[1] == 0)
-    both = scale * (b - correlation * b[::-1]) / jnp.where(singular, 1, determinant)
-    return jnp.where(singular, alone, both)
+    one = ~(determinant > 100 * epsilon) | (diagonal[1] == 0)
+    both = scale * (b - correlation * b[::-1]) / jnp.where(one, 1, determinant)
+    return jnp.where(one, alone, both)
 
 
 def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -163,26 +185,8 @@ def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -
     if trust_radius is None:
         return c, jnp.bool_(False)
     radius, squared_norm = evaluate_schedule(trust_radius, t), _square(fisher, c)
-    exceeds = squared_norm > jnp.square(radius)
-    return jnp.where(exceeds, radius * lax.rsqrt(jnp.where(exceeds, squared_norm, 1)), 1) * c, exceeds
-
-
-def _measure(
-    adaptive: bool, batch: SampledGrad, u: Any, predicted: jax.Array, state: QuadraticModelState
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether the reduction of the loss by u was measured, and if so, the reduction and its ratio to the prediction."""
-    due = state.count % MEASURING_PERIOD == 0
-
-    def measure() -> tuple[jax.Array, jax.Array]:
-        params = checks.match("params", batch.params, u, "the updates")
-        new = jax.tree.map(lambda x, step: (x.astype(step.dtype) - step).astype(x.dtype), params, u)
-        true = as_float(batch.loss - batch.loss_at(new))
-        return true, true / jnp.where(predicted > 0, predicted, 1)
-
-    def skip() -> tuple[jax.Array, jax.Array]:
-        return state.true_reduction, state.reduction_ratio
-
-    return (due, *cond(due, measure, skip)) if adaptive else (jnp.bool_(False), *skip())
+    exceeds = ~(squared_norm <= jnp.square(radius))  # Also where a schedule returns NaN.
+    return jnp.where(exceeds, jnp.abs(radius) * lax.rsqrt(jnp.where(exceeds, squared_norm, 1)), 1) * c, exceeds
 
 
 def _adapted(damping: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from tnt_optax import checks
 from tnt_optax import predictive as distributions
 from tnt_optax.closures import Closures
 from tnt_optax.microbatches import Part, accumulate, part_of, split_batch, sum_over_parts
-from tnt_optax.numerics import as_float, inner_products, widen
+from tnt_optax.numerics import as_float, symmetric_products, widen
 from tnt_optax.sharding import AxisNames
 
 
@@ -33,12 +33,13 @@ class SampledGrad:
     Attributes:
       loss: the loss, as returned.
       grads: the gradients, as returned.
+      params: the parameters at which both were taken.
     """
 
     loss: jax.Array
     grads: Any
     _closures: Closures
-    _parts: int = dataclasses.field(metadata={"static": True})
+    _microbatches: int = dataclasses.field(metadata={"static": True})
     _axis_name: AxisNames | None = dataclasses.field(metadata={"static": True})
 
     def __call__(self) -> Any:
@@ -47,7 +48,7 @@ class SampledGrad:
 
     @property
     def params(self) -> Any:
-        """The parameters at which the loss and its gradient were taken."""
+        """The parameters at which loss and gradients were taken."""
         return self._closures.call("params")
 
     def fisher_products(self, directions: Sequence[Any]) -> jax.Array:
@@ -68,11 +69,13 @@ class SampledGrad:
             count as zeros.
 
         Returns:
-          A matrix of shape (k, k), float32 or better.
+          A matrix of shape (k, k). The J d_i are computed in the dtypes of the model, their products with H and among
+          each other in float32 or better.
 
         Raises:
-          TypeError: the backward pass of `forward` cannot be transposed, as that of a `jax.custom_vjp` function whose
-            backward function is not linear in the cotangent, or calls a kernel without a transpose.
+          TypeError: `directions` is not a list or tuple of trees of real floating-point arrays, or the backward pass of
+            `forward` cannot be transposed, as that of a `jax.custom_vjp` function whose backward function is not linear
+            in the cotangent, or calls a kernel without a transpose.
           ValueError: no directions, or one of another structure or shape than the parameters.
         """
         stacked, number = self._stack(directions), len(directions)
@@ -80,11 +83,11 @@ class SampledGrad:
         def of_part(part: jax.Array | int) -> jax.Array:
             products = jax.vmap(lambda direction: self._closures.call("products", part, direction))(stacked)
             tangents, curved = (_unstacked(tree, number) for tree in products)
-            return inner_products(tangents, curved)
+            return symmetric_products(tangents, curved)
 
         if not jax.tree.leaves(stacked):
             return as_float(jnp.zeros((number, number)))
-        return _mean(sum_over_parts(of_part, self._parts), self._axis_name)
+        return _mean(sum_over_parts(of_part, self._microbatches), self._axis_name)
 
     def regularizer_products(self, directions: Sequence[Any]) -> jax.Array:
         """The matrix of d_i^T R d_j, R the Hessian of the regularizer; zeros without one. As `fisher_products`."""
@@ -92,7 +95,7 @@ class SampledGrad:
         if "regularizer_product" not in self._closures or not jax.tree.leaves(stacked):
             return as_float(jnp.zeros((number, number)))
         products = jax.vmap(lambda direction: self._closures.call("regularizer_product", direction))(stacked)
-        return inner_products(_unstacked(stacked, number), _unstacked(products, number))
+        return symmetric_products(_unstacked(stacked, number), _unstacked(products, number))
 
     def loss_at(self, params: Any) -> jax.Array:
         """The loss of the same batch, with the same keys, at other parameters: one forward pass.
@@ -103,9 +106,14 @@ class SampledGrad:
         return self._closures.call("loss_at", checks.fill("params", params, self.params, "the parameters"))
 
     def _stack(self, directions: Sequence[Any]) -> Any:
+        if not isinstance(directions, Sequence):
+            kind = type(directions).__name__
+            raise TypeError(f"directions: expected a list of trees, got {kind}. For one direction: [direction].")
         if not directions:
             raise ValueError("directions: expected at least one tree like the parameters, got none.")
         zeros = optax.tree.zeros_like(self.grads)
+        for i, direction in enumerate(directions):
+            checks.check_floating(f"directions[{i}]", direction)
         trees = [checks.fill(f"directions[{i}]", d, zeros, "the parameters") for i, d in enumerate(directions)]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 

@@ -11,6 +11,7 @@ from jax.tree_util import KeyPath, keystr
 from tnt_optax import checks
 from tnt_optax.blocks import Block
 from tnt_optax.factors import Dense, Diagonal
+from tnt_optax.numerics import as_float, float32_or_better
 from tnt_optax.views import TensorView
 
 
@@ -62,7 +63,8 @@ class QuadraticModelState(NamedTuple):
         rate and its momentum.
       predicted_reduction: of the loss of the batch by the last step, -M(-u).
       true_reduction: the same, measured, for the last step for which it was.
-      reduction_ratio: `true_reduction`, divided by what the model had predicted for the same step.
+      reduction_ratio: `true_reduction`, divided by what the model had predicted for the same step with the gradient of
+        the batch; for the last step whose prediction exceeded the rounding error of the loss.
       bounded_steps: the number of steps that the trust radius shortened.
       rejected_steps: the number of steps that were not finite, or whose model had no minimum: their update was zero.
     """
@@ -87,6 +89,16 @@ def init_state(blocks: Any, momentum: Any, contractions: Any, damping: jax.Array
     return TNTState(t, n, momentum, contractions, inverses, damping, refreshed_at, *others)
 
 
+def init_model_state(params: optax.Params, damping: jax.Array, use_momentum: bool) -> QuadraticModelState:
+    """The state of a quadratic model before the first step. As in `init_state`, each field has an array of its own."""
+    step = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), params) if use_momentum else None
+    counters = [jnp.zeros([], jnp.int32) for _ in range(3)]
+    coefficients = as_float(jnp.zeros(2 if use_momentum else 1))
+    reductions = [as_float(jnp.zeros([])) for _ in range(3)]
+    # A copy: donating the state must not delete an array that the caller passed as damping.
+    return QuadraticModelState(counters[0], step, jnp.array(damping), coefficients, *reductions, *counters[1:])
+
+
 _OTHER_STATE = "Is it the state of another optimizer, or of tnt_optax 0.1, whose states cannot be used any more?"
 
 
@@ -99,6 +111,15 @@ def check_state(state: Any) -> TNTState:
         f"state: expected a TNTState with the fields {TNTState._fields}, got {type(state).__name__}{fields}. "
         f"{_OTHER_STATE} Make a new one with tx.init(params)."
     )
+
+
+def check_model_state(state: Any, use_momentum: bool) -> QuadraticModelState:
+    """`state`, or an error if it is not a `QuadraticModelState` with, or without, the step before."""
+    if not isinstance(state, QuadraticModelState):
+        raise TypeError(f"state: expected a QuadraticModelState, got {type(state).__name__}: call tx.init(params).")
+    if use_momentum == (state.step is None):
+        raise TypeError(f"state: expected one for use_momentum={use_momentum}, got another: call tx.init(params).")
+    return state
 
 
 def match_updates(updates: optax.Updates, state: TNTState) -> optax.Updates:
