@@ -60,12 +60,13 @@ def test_the_stability_page_has_the_numbers_of_its_program():
 
 def test_the_performance_page_has_the_numbers_of_its_programs():
     page = (ROOT / "docs/performance.md").read_text()
-    bench, transformer, fraction = (
+    bench, transformer, adaptive, fraction = (
         json.loads((ROOT / f"docs/{name}.json").read_text())
-        for name in ("bench", "bench_transformer", "fraction_digits")
+        for name in ("bench", "bench_transformer", "bench_adaptive", "fraction_digits")
     )
     models = {**bench["models"], **transformer["models"]}
-    for row in (row for entry in models.values() for row in entry["race"] if "error" not in row):
+    races = [entry["race"] for entry in (*models.values(), *adaptive["models"].values())]
+    for row in (row for race in races for row in race if "error" not in row):
         numbers = f"{row['median_ms']:.1f} | {row['ratio']:.2f} | {row['median_ratio']:.2f}"
         assert re.search(rf"\| \W*{re.escape(row['optimizer'])}\W* \| {re.escape(numbers)} \|", page)
     for parts in zip(*(entry["parts"] for entry in models.values()), strict=True):
