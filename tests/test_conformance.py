@@ -51,7 +51,7 @@ VARIANTS["adaptive_tnt"] = Variant(adaptive_tnt, "model")
 
 # Both factories share the step and the guard, and `update` looks at the way in one place: the other pairs are left to
 # `make test-all`.
-QUICK = ("tnt-function", "adaptive_tnt")
+QUICK = ("tnt-function",)
 
 
 @pytest.fixture(params=[pytest.param(v, marks=[pytest.mark.slow] * (v not in QUICK)) for v in VARIANTS])
@@ -127,6 +127,14 @@ def test_eager_and_jitted_equal_the_reference(variant, jit):
     for ours, theirs in zip(as_views(params), expected, strict=True):
         # float32 against float64, three inverses of condition number up to 1e2 in a row.
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_adaptive_tnt_in_short():
+    """The rest of it is left to `make test-all`."""
+    variant = VARIANTS["adaptive_tnt"]
+    test_eager_and_jitted_equal_the_reference(variant, True)
+    test_inject_hyperparams_equals_plain(variant)
+    test_none_and_empty_and_scalar_leaves(variant)
 
 
 def test_unknown_extra_arguments_are_accepted(variant):

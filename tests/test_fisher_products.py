@@ -259,6 +259,7 @@ def test_without_a_method_it_is_the_hessian_at_the_sampled_targets(joint):
     assert np.abs(ours - dense_truth("own product")).max() > 0.1 * np.abs(ours).max()
 
 
+@pytest.mark.slow
 def test_a_distribution_gets_outputs_and_tangents_in_float32():
     dtypes = []
 
@@ -603,6 +604,7 @@ def test_the_numbers_across_a_jit_boundary(microbatches):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_the_numbers_without_jit():
     params, others, directions = make_params(), make_params(9), make_directions(2)
     step, arguments = closing_step(1), (params, jax.random.key(0), jnp.float32(0.5))
@@ -616,6 +618,7 @@ def test_the_numbers_without_jit():
         chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-6)  # float32, compiled in other pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights", "variances", "own product", "weighted joint"])
 @pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_products_of_every_distribution_across_a_jit_boundary(name, microbatches):
@@ -885,6 +888,7 @@ def test_models(name):
     assert_products(jax.jit(lambda s: s.fisher_products(directions))(sampled_grads), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scan", "checkpoint of the body", "own convolution"])
 @pytest.mark.parametrize("predictive", [Categorical(), Poisson()], ids=["Categorical", "Poisson"])
 @pytest.mark.slow
@@ -895,6 +899,7 @@ def test_models_in_microbatches(name, predictive):
     assert_products(ours, dense_products(model, predictive, params, inputs, directions))
 
 
+@pytest.mark.slow
 def test_microbatches_of_a_batch_norm_have_statistics_of_their_own():
     """The matrix is the mean of the parts' matrices, of examples 0, 2 and of 1, 3."""
     params, (inputs,), directions = make_params(), normals(12, (BATCH, FEATURES)), make_directions(2)
@@ -1052,6 +1057,7 @@ def test_loss_at_takes_the_old_parameters_for_what_is_left_out(left_out):
         np.testing.assert_allclose(one.loss_at(left_out), one.loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_loss_at_with_the_same_dropout_keys():
     """A key for each example, of which a microbatch has its own."""
     _, params, x = one_head()

@@ -49,15 +49,19 @@ def widen(tree: Any) -> Any:
 
 def largest(tree: Any) -> jax.Array:
     """The largest absolute value of a tree, NaN if there is one: a scalar in float32 or better."""
-    # One pass without an intermediate array; the maximum of NaN and anything is NaN. The results are stacked, because
-    # XLA would otherwise duplicate all reductions into every consumer of the answer.
-    of_leaves = [as_float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
-    return jnp.max(jnp.stack([as_float(0.0), *of_leaves]))
+    return lax.optimization_barrier(jnp.max(_largest_of_leaves(tree)))
 
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether every element of a tree is finite: a boolean scalar."""
-    return jnp.isfinite(largest(tree))
+    return jnp.all(jnp.isfinite(_largest_of_leaves(tree)))
+
+
+def _largest_of_leaves(tree: Any) -> jax.Array:
+    # One pass without an intermediate array; the maximum of NaN and anything is NaN. The results are stacked before
+    # they are used, because XLA would otherwise duplicate all reductions into every consumer.
+    of_leaves = [as_float(jnp.max(jnp.abs(x), initial=0)) for x in jax.tree.leaves(tree)]
+    return jnp.stack([as_float(0.0), *of_leaves])
 
 
 def inner_product(tree: Any, other: Any) -> jax.Array:
@@ -67,7 +71,7 @@ def inner_product(tree: Any, other: Any) -> jax.Array:
         return as_float(jnp.sum(jnp.where(y == 0, 0, x * y)))
 
     products = jax.tree.leaves(jax.tree.map(of_leaf, widen(tree), widen(other)))
-    return jnp.sum(jnp.stack([as_float(0.0), *products]))
+    return lax.optimization_barrier(jnp.sum(jnp.stack([as_float(0.0), *products])))
 
 
 def symmetric_products(trees: Sequence[Any], others: Sequence[Any]) -> jax.Array:

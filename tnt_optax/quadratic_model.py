@@ -110,6 +110,7 @@ def scale_by_quadratic_model(
         curvature = fisher + batch.regularizer_products(directions) + damping * squares
         slopes = jnp.stack([inner_product(d, g) for d in directions])
         c, bounded = _bounded(_minimizer(curvature, slopes, numerics.epsilon(p)), fisher, trust_radius, state.count)
+        c = lax.optimization_barrier(c)  # XLA would copy all that it is made of into the code of each parameter.
         predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
         numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted, jnp.stack(lengths))])
         finite = jnp.all(jnp.isfinite(numbers)) & (jnp.sum(jnp.abs(c)) <= numerics.largest_number(updates))
@@ -129,13 +130,11 @@ def scale_by_quadratic_model(
         due = (state.count % _MEASURING_PERIOD == 0) | ((state.count > 0) & (state.coefficients[0] == 0))
         measured: Any = due if adaptive_damping else np.bool_(False)
         true, expected = numerics.cond(measured, measure, lambda: (state.true_reduction, predicted))
-        loss, epsilon = (
-            jnp.abs(as_float(batch.loss)),
-            max(10 * numerics.epsilon(batch.loss), numerics.epsilon(batch.params)),
-        )
+        epsilon = max(10 * numerics.epsilon(batch.loss), numerics.epsilon(batch.params))
+        loss = jnp.abs(as_float(batch.loss))
         reliable = minimum & measured & (expected > epsilon * loss)
         worse = reliable & (true < -jnp.maximum(expected, loss))
-        accepted = minimum & ~worse & (~measured | jnp.isfinite(true))
+        accepted = lax.optimization_barrier(minimum & ~worse & (~measured | jnp.isfinite(true)))
         ratio = true / jnp.where(reliable, expected, 1)
         if adaptive_damping:
             share = damping * _square(squares, c) / _square(curvature, c)

@@ -217,6 +217,7 @@ def test_the_numbers_on_a_mesh(mesh, way, microbatches, crossing):
     chex.assert_trees_all_close(jax.device_get(ours), numbers_on_one_device(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [None, pytest.param(optax.MaskedNode(), id="MaskedNode", marks=pytest.mark.slow)])
 def test_directions_that_lie_elsewhere(mesh, left_out):
     """On every device, though the parameters are divided; and partly left out."""
@@ -260,6 +261,7 @@ def trained_on_one_device():
         return jax.device_get(trained(lambda w: w, jax.tree.map(jnp.asarray, make_params()), inputs, np.abs(inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_training_on_a_mesh(mesh, way):
     params, _, _, inputs, _ = on_mesh(mesh, way)
