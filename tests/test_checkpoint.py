@@ -139,7 +139,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["tnt", pytest.param("adaptive_tnt", marks=pytest.mark.slow)])
 def test_state_returns_as_it_was(tmp_path, optimizer):
     params = {"w": jnp.linspace(-1, 1, 12, dtype=jnp.bfloat16).reshape(4, 3), "b": [jnp.ones(3), jnp.float32(0.5)]}
     grads = jax.tree.map(lambda x: jnp.cos(x) + jnp.ones_like(x), params)

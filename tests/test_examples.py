@@ -83,6 +83,7 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_quadratic_model(tmp_path, monkeypatch):
     options = {"widths": (4,), "batch_size": 400, "epochs": 2}
     monkeypatch.setitem(quadratic_model.AUTOENCODERS, "digits", options)

@@ -309,7 +309,7 @@ def test_padded_examples_have_no_part_even_if_they_are_not_finite():
     assert_products(ours, dense_truth("mask"))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_of_its_own_has_no_part(microbatches):
     def absolute(outputs, targets):
         return jnp.mean(jnp.abs(outputs - targets["y"]))
@@ -333,7 +333,7 @@ def dense_penalty(params, directions):
     return d @ hessian @ d.T
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_regularizer_has_products_of_its_own(microbatches):
     model, params, inputs = one_head()
     directions = make_directions(2)
@@ -421,7 +421,7 @@ def test_params_may_have_holes_themselves(left_out):
         np.testing.assert_allclose(*losses, rtol=1e-6)  # The same sums.
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bfloat16_parameters_with_float32_directions(microbatches):
     model, params, inputs = one_head()
     narrow, narrow_inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, inputs))
@@ -437,7 +437,7 @@ def test_bfloat16_parameters_with_float32_directions(microbatches):
 
 
 @pytest.mark.parametrize("name", ["categorical", "own", pytest.param("weighted joint", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_float64(name, microbatches):
     predictive, (model, params, inputs) = CASES[name][0](), CASES[name][1]()
     with jax.enable_x64(True):
@@ -447,7 +447,7 @@ def test_float64(name, microbatches):
         assert_products(ours, dense_truth(name), tolerance=1e-13)  # 2e-16 with sums of 50
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_float32_where_float64_is_allowed(microbatches):
     model, params, inputs = one_head()
     with jax.enable_x64(True):
@@ -503,7 +503,7 @@ def test_four_microbatches():
     assert_products(ours, dense_products(model, predictive, params, inputs, make_directions(2)))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_scale_of_sampled_gradients_has_no_part(microbatches):
     predictive, (model, params, inputs) = CASES["weighted joint"][0](), with_two_heads()
 
@@ -577,7 +577,7 @@ def numbers_of(sampled_grads, directions, others):
     }
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_numbers_across_a_jit_boundary(microbatches):
     params, others, directions = make_params(), make_params(9), make_directions(2)
     step, traces = closing_step(microbatches), []
@@ -655,7 +655,7 @@ def repeated(tree):
     return [leaf.shape for i, leaf in enumerate(leaves) if any(leaf is other for other in leaves[:i])]
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["closures", "SampledGrad"])
 @pytest.mark.parametrize("jitted", [False, True])
 def test_every_array_is_in_the_leaves_once(what, microbatches, jitted):
@@ -728,7 +728,7 @@ def test_microbatches_run_it_once_more():
         assert sines(lambda p, directions=directions: create(p).fisher_products(directions), params) == 2
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_products_where_jvp_raises(microbatches):
     _, params, inputs = one_head()
     with pytest.raises(TypeError, match="custom_vjp"):
@@ -923,7 +923,7 @@ def untransposable(params, inputs):
     return marked(forward(params, inputs))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_model_that_cannot_be_transposed(microbatches):
     _, params, inputs = one_head()
     directions, targets, key = make_directions(2), jnp.zeros(BATCH, int), jax.random.key(3)
@@ -1016,7 +1016,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_loss_at_other_parameters(name, microbatches):
     make, problem, options = LOSSES[name]
     predictive, (model, params, inputs), others = make(), problem(), make_params(9)

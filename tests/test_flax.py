@@ -44,7 +44,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+BOTH = ["tnt", pytest.param("adaptive_tnt", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("optimizer", BOTH)
 def test_linen_with_batch_norm_and_dropout(optimizer):
     inputs, labels = data()
     model = LinenModel()
@@ -156,7 +159,7 @@ def test_nnx_with_batch_norm_and_dropout(name):
     assert int(state.statistics_count[...]) == 30
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", BOTH)
 def test_nnx_equals_the_plain_transformation(name):
     inputs, labels = data()
     model, tx, optimizer = nnx_problem(name, views=lambda path, shape: None)
