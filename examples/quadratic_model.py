@@ -36,7 +36,7 @@ OPTIMIZERS = {
         optax.scale_by_adam(), tnt_optax.scale_by_quadratic_model(), optax.scale_by_learning_rate(1.0)
     ),
 }
-# On MNIST Adam's direction takes many more epochs, and without noise the factor need not fall.
+# The factor falls where batches are drawn at random; Adam's direction is left out on MNIST.
 USED = {
     "digits": list(OPTIMIZERS),
     "mnist": ["adaptive TNT", "adaptive TNT, factor falls"],

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from tnt_optax import checks, sharding
 from tnt_optax.numerics import all_finite, count_events, evaluate_schedule, widen
@@ -235,7 +234,7 @@ def adaptive_tnt(
         u = optax.tree.cast_like(u, updates)
         # The decay, too, leaves out a step that the model rejected. A factor may be at fault as well.
         taken = after.rejected_steps == model_before.rejected_steps
-        finite = lax.optimization_barrier(all_finite(u))
+        finite = all_finite(u)
         after = after._replace(
             step=optax.tree.where(finite, after.step, optax.tree.zeros_like(after.step)),
             coefficients=jnp.where(finite, after.coefficients, 0),

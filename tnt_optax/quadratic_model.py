@@ -110,7 +110,6 @@ def scale_by_quadratic_model(
         curvature = fisher + batch.regularizer_products(directions) + damping * squares
         slopes = jnp.stack([inner_product(d, g) for d in directions])
         c, bounded = _bounded(_minimizer(curvature, slopes, numerics.epsilon(p)), fisher, trust_radius, state.count)
-        c = lax.optimization_barrier(c)  # XLA would copy all that it is made of into the code of each parameter.
         predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
         numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted, jnp.stack(lengths))])
         finite = jnp.all(jnp.isfinite(numbers)) & (jnp.sum(jnp.abs(c)) <= numerics.largest_number(updates))
@@ -123,7 +122,7 @@ def scale_by_quadratic_model(
             theta = checks.match("params", batch.params, u, "the updates")
             new = jax.tree.map(lambda x, step: (x.astype(step.dtype) - step).astype(x.dtype), theta, u)
             # What the model predicts with the batch's own gradient, where `grad` is another one.
-            own_slopes = jnp.stack([inner_product(d, own_gradient) for d in directions])
+            own_slopes = slopes if grad is None else jnp.stack([inner_product(d, own_gradient) for d in directions])
             return as_float(batch.loss - batch.loss_at(new)), predicted + jnp.sum(c * (own_slopes - slopes))
 
         # Also after a step that was rejected: the same lambda would give the same step.
@@ -134,7 +133,7 @@ def scale_by_quadratic_model(
         loss = jnp.abs(as_float(batch.loss))
         reliable = minimum & measured & (expected > epsilon * loss)
         worse = reliable & (true < -jnp.maximum(expected, loss))
-        accepted = lax.optimization_barrier(minimum & ~worse & (~measured | jnp.isfinite(true)))
+        accepted = minimum & ~worse & (~measured | jnp.isfinite(true))
         ratio = true / jnp.where(reliable, expected, 1)
         if adaptive_damping:
             share = damping * _square(squares, c) / _square(curvature, c)

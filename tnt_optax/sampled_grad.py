@@ -383,7 +383,7 @@ def _pushforward(forward_pass: _Pass, direction: Any) -> Any:
             "fisher_products: expected a `forward` whose backward pass can be transposed, as all of JAX's own "
             f"operations can, got one that cannot ({type(error).__name__}: {error}). Is there a jax.custom_vjp "
             "function in it, whose backward function is not linear in the cotangent, or calls a kernel? Write that as "
-            "linear JAX operations, use jax.custom_jvp, or give the kernel's call a jax.custom_transpose rule. "
+            "linear JAX operations, or use jax.custom_jvp. "
             "Without the quadratic model, as in tnt_optax.tnt, no such products are needed."
         ) from error
     return tangents

@@ -66,7 +66,8 @@ class QuadraticModelState(NamedTuple):
       reduction_ratio: `true_reduction`, divided by what the model had predicted for the same step with the gradient of
         the batch; for the last step whose prediction exceeded the rounding error of the loss.
       bounded_steps: the number of steps that the trust radius shortened.
-      rejected_steps: the number of steps that were not finite, or whose model had no minimum: their update was zero.
+      rejected_steps: the number of steps that were not finite, whose model had no minimum, or after which the measured
+        loss more than doubled: their update was zero.
     """
 
     count: jax.Array

@@ -149,7 +149,7 @@ def poisson_problem(
             first = lambda x: jax.jvp(functools.partial(network, params), (x,), (direction,))[1]  # noqa: E731
             return jax.jvp(first, (x,), (direction,))[1]
 
-        return sum(second_derivative(jnp.broadcast_to(axis, x.shape)) for axis in jnp.eye(2))  # type: ignore
+        return jnp.sum(jax.vmap(lambda axis: second_derivative(jnp.broadcast_to(axis, x.shape)))(jnp.eye(2)), axis=0)
 
     def solution(x: jax.Array) -> jax.Array:
         return jnp.sin(jnp.pi * x[:, 0]) * jnp.sin(jnp.pi * x[:, 1])
