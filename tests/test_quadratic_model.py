@@ -522,7 +522,8 @@ def test_an_update_that_its_dtype_does_not_have_is_rejected():
 def test_lambda_does_not_grow_where_steps_of_bfloat16_round_away():
     value_and_grads = value_and_sampled_grad(lambda p, x: x @ p["w"], Normal())
     rng = np.random.default_rng(0)
-    inputs, targets = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((64, 8), (64, 1)))
+    inputs, solution, noise = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((64, 8), (8, 1), (64, 1)))
+    targets = inputs @ solution + jnp.bfloat16(0.1) * noise
     _, state, losses = train(
         adaptive_tnt(), value_and_grads, {"w": jnp.zeros((8, 1), jnp.bfloat16)}, 100, (inputs, targets)
     )

@@ -49,7 +49,7 @@ def widen(tree: Any) -> Any:
 
 def largest(tree: Any) -> jax.Array:
     """The largest absolute value of a tree, NaN if there is one: a scalar in float32 or better."""
-    return lax.optimization_barrier(jnp.max(_largest_of_leaves(tree)))
+    return jnp.max(_largest_of_leaves(tree))
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -71,7 +71,7 @@ def inner_product(tree: Any, other: Any) -> jax.Array:
         return as_float(jnp.sum(jnp.where(y == 0, 0, x * y)))
 
     products = jax.tree.leaves(jax.tree.map(of_leaf, widen(tree), widen(other)))
-    return lax.optimization_barrier(jnp.sum(jnp.stack([as_float(0.0), *products])))
+    return jnp.sum(jnp.stack([as_float(0.0), *products]))
 
 
 def symmetric_products(trees: Sequence[Any], others: Sequence[Any]) -> jax.Array:
