@@ -167,9 +167,9 @@ def test_the_sampled_passes_run_only_every_statistics_period():
 @pytest.mark.optimized
 @pytest.mark.parametrize("tx", [tnt(0.1, statistics_period=2), adaptive_tnt()], ids=["tnt", "adaptive_tnt"])
 def test_memory_is_that_of_one_part(tx):
-    """Ten layers, whose activations are far larger than their parameters."""
-    params = [0.1 * jnp.ones((32, 32)) for _ in range(10)]
-    inputs, targets = jnp.ones((4096, 32)), jnp.zeros(4096, int)
+    """Five layers, whose activations are far larger than their parameters."""
+    params = [0.1 * jnp.ones((32, 32)) for _ in range(5)]
+    inputs, targets = jnp.ones((8192, 32)), jnp.zeros(8192, int)
 
     def deep(params, x):
         for w in params:
@@ -177,19 +177,20 @@ def test_memory_is_that_of_one_part(tx):
         return x
 
     def temporaries(k):
-        def step(params, opt_state, key):
+        def step(params, opt_state, inputs, targets, key):
             value_and_grads = value_and_sampled_grad(deep, Categorical(), microbatches=k)
             _, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
             return tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
 
-        compiled = jax.jit(step).lower(params, tx.init(params), jax.random.key(0)).compile()
+        lowered = jax.jit(step).lower(params, tx.init(params), inputs, targets, jax.random.key(0))
+        # As users have it: tests/conftest.py leaves these out.
+        compiled = lowered.compile({"xla_cpu_use_fusion_emitters": True})
         return compiled.memory_analysis().temp_size_in_bytes
 
-    whole, quarter, sixteenth = (temporaries(k) for k in (1, 4, 16))
+    whole, sixteenth = temporaries(1), temporaries(16)
     activations = len(params) * inputs.nbytes
     assert whole > activations
     # What is saved are activations; the inputs in parts may be a copy.
-    assert whole - quarter > 0.6 * activations
     assert whole - sixteenth > 0.75 * activations
 
 
