@@ -35,3 +35,4 @@ def _fast_compilation(request):
     """`make test` leaves XLA's optimizations out, but for tests about compiled programs; `make test-all` has them."""
     quick = request.config.option.markexpr == "not slow" and "optimized" not in request.keywords
     jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # In the processes that tests start.

@@ -48,9 +48,15 @@ def assert_equal(ours, expected):
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-6)  # The same sums in float32, in another order.
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("scale", ["mean", "fisher"])
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("check_vma", "scale", "microbatches"),
+    [
+        (True, "mean", 2),
+        (False, "fisher", 1),
+        pytest.param(True, "fisher", 1, marks=pytest.mark.slow),
+        pytest.param(False, "mean", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_shard_map(check_vma, scale, microbatches):
     """With a regularizer, which counts once, and with the sampled gradient inside a conditional."""
     options = {"scale": scale, "regularizer": lambda p: jnp.sum(jnp.square(p["w"]))}

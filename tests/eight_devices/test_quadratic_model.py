@@ -67,16 +67,17 @@ def two_devices(kind=AxisType.Auto):
 
 
 @pytest.mark.parametrize(
-    ("name", "check_vma", "microbatches"),
+    ("name", "check_vma", "microbatches", "crossing"),
     [
-        ("categorical", True, 1),
-        ("joint", False, 1),
-        ("joint", True, 2),
-        pytest.param("categorical", False, 2, marks=pytest.mark.slow),
-        pytest.param("joint", True, 1, marks=pytest.mark.slow),
+        ("categorical", True, 1, True),
+        ("joint", False, 1, False),
+        ("joint", True, 2, True),
+        pytest.param("categorical", False, 2, False, marks=pytest.mark.slow),
+        pytest.param("categorical", True, 2, True, marks=pytest.mark.slow),
+        pytest.param("joint", True, 1, False, marks=pytest.mark.slow),
+        pytest.param("joint", False, 2, True, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("crossing", [False, True])
 def test_the_numbers_of_a_divided_batch(name, check_vma, microbatches, crossing):
     """With weights of which every device has the same sum, because each divides by its own."""
     model, predictive, inputs, targets = problem(name)

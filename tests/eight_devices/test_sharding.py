@@ -137,7 +137,7 @@ def test_equals_one_device_and_stays_divided(mesh, way, inverse_axis):
         assert all(array.size == parts * array.addressable_shards[0].data.size for array in arrays)
 
 
-@pytest.mark.parametrize("mesh", ONE_QUICK, indirect=True)
+@pytest.mark.slow
 def test_warm_start_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     params = put(params, mesh, SPECS["FSDP"])
@@ -178,6 +178,7 @@ def test_diagnostics_of_a_divided_stack_are_on_every_device(mesh, jitted):
         assert value.sharding.is_fully_replicated, name
 
 
+@pytest.mark.parametrize("mesh", ONE_QUICK, indirect=True)
 def test_within_a_shard_map_over_some_of_the_axes(mesh):
     tx = tnt_optax.tnt(0.1, damping=1.0, fisher="empirical")
     params = {"w": jnp.sin(jnp.arange(16.0)).reshape(8, 2)}
@@ -198,7 +199,7 @@ def test_microbatches_on_a_mesh(mesh):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)  # See above.
 
 
-@pytest.mark.optimized
+@pytest.mark.slow
 def test_each_device_computes_its_share_of_the_inverses():
     # No two of one length, because XLA counts the body of a loop over equal ones once.
     dims = [(d, d + 8) for d in range(128, 256, 16)]
