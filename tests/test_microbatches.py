@@ -165,7 +165,13 @@ def test_the_sampled_passes_run_only_every_statistics_period():
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("tx", [tnt(0.1, statistics_period=2), adaptive_tnt()], ids=["tnt", "adaptive_tnt"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(tnt(0.1, statistics_period=2), id="tnt"),
+        pytest.param(adaptive_tnt(), id="adaptive_tnt", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_that_of_one_part(tx):
     """Five layers, whose activations are far larger than their parameters."""
     params = [0.1 * jnp.ones((32, 32)) for _ in range(5)]

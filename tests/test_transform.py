@@ -300,7 +300,7 @@ def test_the_derivative_through_an_update_is_finite_without_statistics():
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("optimizer", ["tnt", "adaptive_tnt"])
+@pytest.mark.parametrize("optimizer", ["tnt", pytest.param("adaptive_tnt", marks=pytest.mark.slow)])
 def test_the_compiled_program_grows_in_proportion_to_the_parameters(optimizer):
     """XLA may put a number that concerns all parameters, and all that it is made of, into the code for each of them."""
 

@@ -1,0 +1,252 @@
+"""Real data as arrays in memory: images, bytes of text, tables."""
+
+import functools
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import fft, ndimage
+
+
+class Split(NamedTuple):
+    """Two disjoint sets of examples along the first axis."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+class Labelled(NamedTuple):
+    """Images (examples, 32, 32, 3) as bytes, and their labels (int32)."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+
+
+def every_fifth(number: int) -> np.ndarray:
+    """The mask of the test set where a dataset has none of its own."""
+    return np.arange(number) % 5 == 0
+
+
+@functools.cache
+def digits() -> Split:
+    """The 1,797 handwritten 8x8 digits of scikit-learn, flattened, in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    images = (load_digits(return_X_y=True)[0] / 16).astype(np.float32)
+    return Split(images[~every_fifth(len(images))], images[every_fifth(len(images))])
+
+
+def digit_images() -> Labelled:
+    """The same digits, each pixel repeated 4x4, in grey, with their labels."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    small = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+    images, labels = np.tile(small.repeat(4, axis=1).repeat(4, axis=2), 3), labels.astype(np.int32)
+    test = every_fifth(len(images))
+    return Labelled((images[~test], labels[~test]), (images[test], labels[test]))
+
+
+def _tfds(name: str, split: str, data_dir: Path | None) -> Any:
+    """The examples of a TFDS dataset, read without TensorFlow; without `data_dir` TFDS downloads what is missing."""
+    if data_dir is not None and not any(Path(data_dir).glob(f"{name}/*/*.array_record*")):
+        raise FileNotFoundError(
+            f"--data-dir {data_dir} holds no `{name}` that TFDS has prepared in its array_record format. Prepare it "
+            f"there with tfds.builder({name!r}, file_format='array_record'), or leave --data-dir out: TFDS then "
+            "downloads it."
+        )
+    import tensorflow_datasets as tfds
+
+    source: Any = tfds.data_source(name, split=split, data_dir=data_dir, download=data_dir is None)
+    return source.__getitems__(range(len(source)))  # One call for all is three times as fast as one for each.
+
+
+@functools.cache
+def mnist(data_dir: Path | None = None) -> Split:
+    """MNIST's 60,000 and 10,000 handwritten 28x28 digits, flattened, in [0, 1]."""
+
+    def images(split: str) -> np.ndarray:
+        pixels = np.stack([example["image"] for example in _tfds("mnist", split, data_dir)])
+        return pixels.reshape(len(pixels), -1).astype(np.float32) / 255
+
+    return Split(images("train"), images("test"))
+
+
+def labelled(dataset: str, data_dir: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The training images of "digits", or of "mnist" reduced to 16x16 pixels, flattened, with their labels (int32)."""
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        return (images / 16).astype(np.float32), labels.astype(np.int32)
+    examples = _tfds("mnist", "train", data_dir)
+    images = np.stack([example["image"][..., 0] for example in examples]).astype(np.float32) / 255
+    # Bilinear between the centres of the pixels.
+    small: Any = ndimage.zoom(images, (1, 16 / 28, 16 / 28), order=1, grid_mode=True, mode="nearest")
+    return small.reshape(len(small), -1), np.array([example["label"] for example in examples], np.int32)
+
+
+@functools.cache
+def faces(data_dir: Path | None = None, copies: tuple[int, int] = (345, 414)) -> Split:
+    """25x25 faces made of the 400 Olivetti faces after Hinton & Salakhutdinov (2006, supplement): FACES.
+
+    Each is rotated by -90 to 90 degrees, enlarged 1.4 to 1.8 times, cropped and subsampled (every second pixel); then
+    all are shifted to mean 0 at every pixel, and scaled to an average variance of 1. The first 30 people are for
+    training, the other 10 for testing. The authors' random numbers and the details of their cropping are not known.
+
+    Args:
+      data_dir: the folder of `olivetti_faces.npz`, with the arrays faces (400, 64, 64) and person_ids (400,). None:
+        scikit-learn downloads the faces.
+      copies: how many are made of each training and of each test face; the default gives 103,500 and 41,400.
+    """
+    if data_dir is None:
+        from sklearn.datasets import fetch_olivetti_faces
+
+        olivetti: Any = fetch_olivetti_faces()
+        originals, people = olivetti.images, olivetti.target
+    elif not (path := Path(data_dir) / "olivetti_faces.npz").exists():
+        raise FileNotFoundError(f"{path} is missing. Leave --data-dir out: scikit-learn then downloads the faces.")
+    else:
+        with np.load(path) as file:
+            originals, people = file["faces"], file["person_ids"]
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(np.arange(-12, 13), np.arange(-12, 13), indexing="ij"))  # (2, 25, 25)
+
+    def made_of(image: np.ndarray, number: int) -> np.ndarray:
+        angles, scales = np.radians(rng.uniform(-90, 90, number)), rng.uniform(1.4, 1.8, number)
+        rotations = np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]])
+        places = (np.array(image.shape)[:, None, None, None] - 1) / 2
+        places = places + np.einsum("ijn,jhw->inhw", 2 * rotations / scales, grid)
+        return ndimage.map_coordinates(image.astype(np.float32), places, order=1).reshape(number, -1)
+
+    train, test = (
+        np.concatenate([made_of(image, number) for image in originals[chosen]])
+        for chosen, number in zip((people < 30, people >= 30), copies, strict=True)
+    )
+    pixels = np.concatenate([train, test])
+    pixels -= pixels.mean(axis=0, dtype=np.float64).astype(np.float32)
+    pixels /= np.sqrt(np.mean(np.square(pixels), dtype=np.float64)).astype(np.float32)
+    return Split(pixels[: len(train)], pixels[len(train) :])
+
+
+@functools.cache
+def cifar10(data_dir: Path | None = None) -> Labelled:
+    """CIFAR-10, from `cifar10.npz` of `pack_cifar10` where `data_dir` has it, or else through TFDS."""
+    if data_dir is not None and (path := Path(data_dir) / "cifar10.npz").exists():
+        with np.load(path) as file:
+            train, test = (
+                (decode([file[f"{split}_{channel}"] for channel in ("y", "cb", "cr")]), file[f"{split}_labels"])
+                for split in ("train", "test")
+            )
+        return Labelled(train, test)
+
+    def split(name: str) -> tuple[np.ndarray, np.ndarray]:
+        examples = _tfds("cifar10", name, data_dir)
+        images = np.stack([example["image"] for example in examples])
+        return images, np.array([example["label"] for example in examples], np.int32)
+
+    return Labelled(split("train"), split("test"))
+
+
+def pack_cifar10(data_dir: Path | None, path: Path) -> None:
+    """Writes CIFAR-10 to one file of about 25 MB that needs no decoder but `decode`, for machines without TFDS."""
+    arrays = {}
+    for name, (images, labels) in cifar10(data_dir)._asdict().items():
+        coefficients = encode(images)
+        arrays |= {f"{name}_{channel}": x for channel, x in zip(("y", "cb", "cr"), coefficients, strict=True)}
+        arrays[f"{name}_labels"] = labels
+    np.savez_compressed(path, **arrays)
+
+
+# As JPEG does at quality 75: luminance Y and chrominance Cb, Cr at half the resolution, in blocks of 8x8, each a
+# quantized cosine transform. JPEG's own tables of quanta, halved.
+YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+QUANTA = [
+    (np.array(table.split(), float).reshape(8, 8) + 1) // 2
+    for table in (
+        "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
+        "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99",
+        "17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 99" + 32 * " 99",
+    )
+]
+
+
+def encode(images: np.ndarray) -> list[np.ndarray]:
+    """Quantized coefficients of Y, Cb and Cr: int8, (8, 8, examples, blocks, blocks)."""
+    pixels = (images.astype(np.float32) @ YCBCR.T.astype(np.float32)) - np.float32([128, 0, 0])
+    half = pixels.reshape(len(pixels), 16, 2, 16, 2, 3).mean((2, 4))
+    channels = zip((pixels[..., 0], half[..., 1], half[..., 2]), (0, 1, 1), strict=True)
+    return [_quantized(channel, QUANTA[table]) for channel, table in channels]
+
+
+def _quantized(channel: np.ndarray, quanta: np.ndarray) -> np.ndarray:
+    blocks = channel.reshape(len(channel), -1, 8, channel.shape[2] // 8, 8).transpose(2, 4, 0, 1, 3)
+    coefficients = np.rint(fft.dctn(blocks, axes=(0, 1), norm="ortho") / quanta[:, :, None, None, None])
+    return np.clip(coefficients, -128, 127).astype(np.int8)
+
+
+def decode(coefficients: Iterable[np.ndarray]) -> np.ndarray:
+    """The images as bytes; `encode` and `decode` change a pixel of a JPEG by about one of 256 levels."""
+    channels = []
+    for quantized, table in zip(coefficients, (0, 1, 1), strict=True):
+        scaled = quantized * QUANTA[table][:, :, None, None, None].astype(np.float32)
+        blocks = fft.idctn(scaled, axes=(0, 1), norm="ortho").transpose(2, 3, 0, 4, 1)
+        channel = blocks.reshape(len(blocks), 8 * blocks.shape[1], -1)
+        channels.append(channel.repeat(32 // channel.shape[1], axis=1).repeat(32 // channel.shape[2], axis=2))
+    pixels = np.stack(channels, axis=-1) + np.float32([128, 0, 0])
+    return np.clip(np.rint(pixels @ np.linalg.inv(YCBCR).T.astype(np.float32)), 0, 255).astype(np.uint8)
+
+
+@functools.cache
+def python_sources(length: int) -> Split:
+    """The bytes of Python's standard library as it is installed, without its tests (12 MB): int32, (pieces, length).
+
+    Every tenth file is for testing. A file's last piece is padded with -1.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    others = {"site-packages", "dist-packages", "test", "tests"}
+    files = sorted(path for path in folder.rglob("*.py") if others.isdisjoint(path.relative_to(folder).parts))
+    order = np.random.default_rng(0).permutation(len(files))
+    number = max(len(files) // 10, 1)
+    train, test = (pieces((files[i].read_bytes() for i in x), length) for x in (order[number:], order[:number]))
+    return Split(train, test)
+
+
+def pieces(texts: Iterable[bytes], length: int) -> np.ndarray:
+    """Each text cut into pieces of `length` bytes, the last one padded with -1."""
+    rows = [np.zeros((0, length), np.int32)]
+    for text in texts:
+        padded = np.full((-(-len(text) // length), length), -1, np.int32)
+        padded.ravel()[: len(text)] = np.frombuffer(text, np.uint8)
+        rows.append(padded)
+    return np.concatenate(rows)
+
+
+def diabetes() -> tuple[Split, Split]:
+    """Scikit-learn's 442 patients: ten standardized features, and the standardized progression of diabetes."""
+    from sklearn.datasets import load_diabetes
+
+    features, target = load_diabetes(return_X_y=True)
+    test = every_fifth(len(features))
+
+    def standardized(x: np.ndarray) -> Split:
+        x = ((x - x[~test].mean(axis=0)) / x[~test].std(axis=0)).astype(np.float32)
+        return Split(x[~test], x[test])
+
+    return standardized(features), standardized(target[:, None])
+
+
+def picture(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's photograph of a flower: coordinates in [-1, 1] and colours in [0, 1] of `size` x `size` pixels."""
+    from sklearn.datasets import load_sample_image
+
+    photo = load_sample_image("flower.jpg")[:, 106:533] / 255  # The middle, square.
+    places = (np.arange(size) + 0.5) / size
+    rows, columns = np.meshgrid(places, places, indexing="ij")
+    grid = [427 * rows - 0.5, 427 * columns - 0.5]
+    smooth = ndimage.gaussian_filter(photo, (427 / size / 2, 427 / size / 2, 0))
+    colours = np.stack([ndimage.map_coordinates(smooth[..., c], grid, order=1, mode="nearest") for c in range(3)], -1)
+    coordinates = 2 * np.stack([rows, columns], axis=-1).reshape(-1, 2) - 1
+    return coordinates.astype(np.float32), colours.reshape(-1, 3).astype(np.float32)
