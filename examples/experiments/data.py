@@ -228,7 +228,7 @@ def diabetes() -> tuple[Split, Split]:
     """Scikit-learn's 442 patients: ten standardized features, and the standardized progression of diabetes."""
     from sklearn.datasets import load_diabetes
 
-    features, target = load_diabetes(return_X_y=True)
+    features, target = map(np.asarray, load_diabetes(return_X_y=True))
     test = every_fifth(len(features))
 
     def standardized(x: np.ndarray) -> Split:

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def machine() -> dict[str, Any]:
@@ -43,3 +45,98 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """A table whose first column is text, and the others numbers."""
     alignment = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, alignment, *rows))
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """workload -> optimizer -> the content of its JSON file."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+    return found
+
+
+def diverged(run: Mapping[str, Any]) -> bool:
+    """A loss is not finite, or the last one is above the first."""
+    first, last = (run["epochs"][i]["train_loss"] for i in (0, -1))
+    return "diverged_at" in run or last is None or not last <= first
+
+
+def summary(of_workload: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of each optimizer the medians over the seeds, the best last training loss first."""
+    rows = []
+    for name, result in of_workload.items():
+        runs = [run for run in result["runs"] if not diverged(run)]
+        bad = len(result["runs"]) - len(runs)
+
+        def median(values: Sequence[float]) -> float:
+            return float(np.median(values)) if len(values) else math.inf
+
+        def at(key: str, share: float, runs: Any = runs) -> list[float]:
+            return [run["epochs"][round(share * (len(run["epochs"]) - 1))][key] for run in runs]
+
+        metrics = [key for key in result["runs"][0]["epochs"][0] if key not in STANDARD]
+        losses = [median(at("train_loss", share)) for share in (0.25, 0.5, 1)]
+        ms = [1e3 * run["epochs"][-1]["seconds"] / max(run["epochs"][-1]["step"], 1) for run in runs]
+        cells = [
+            name.replace("_", " "),
+            f"{result['runs'][0]['learning_rate']:g}",
+            str(len(result["tuning"])),
+            *(f"{loss:.4g}" for loss in losses),
+            f"{median(at('test_loss', 1)):.4g}",
+            ", ".join(f"{key.replace('_', ' ')} {median(at(key, 1)):.3g}" for key in metrics),
+            f"{median(at('seconds', 1)):.1f}",
+            f"{median(ms):.2f}",
+            f"{bad} of {len(result['runs'])}",
+        ]
+        rows.append((losses[-1], cells))
+    columns = ["optimizer", "rate", "tuning runs", "loss at 1/4", "1/2", "end", "test loss", "metric", "s", "ms/step"]
+    return markdown_table([*columns, "diverged"], [cells for _, cells in sorted(rows)])
+
+
+STANDARD = ("step", "seconds", "train_loss", "test_loss")
+
+
+def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], log: bool) -> None:
+    """The training loss of every seed against steps and against seconds; the test loss of the first is dotted."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    shown = []
+    for index, (name, result) in enumerate(of_workload.items()):
+        for run in result["runs"]:
+            train, test, step, seconds = (
+                [math.nan if epoch[key] is None else epoch[key] for epoch in run["epochs"]]
+                for key in ("train_loss", "test_loss", "step", "seconds")
+            )
+            first = run is result["runs"][0]
+            style = {"color": "black" if name == "adaptive_tnt" else f"C{index % 10}", "linewidth": 1}
+            for axis, x in ((left, step), (right, [run["warm_start_seconds"] + s for s in seconds])):
+                axis.plot(x, train, label=name.replace("_", " ") if first else None, **style)
+                if first:
+                    axis.plot(x, test, ":", **style)
+            shown += train[1:]  # The loss of the untrained model would squeeze the others together.
+    losses = np.array(shown)[np.isfinite(shown)]
+    if losses.size:
+        left.set_ylim(0.97 * losses.min(), 1.03 * np.quantile(losses, 0.98))
+    left.set(xlabel="steps", ylabel="loss", yscale="log" if log else "linear")
+    right.set(xlabel="seconds of steps, warm start included")
+    right.legend(fontsize="small", title="solid: training, dotted: test", title_fontsize="small")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def fill(page: Path, tables: Mapping[str, str]) -> bool:
+    """Puts each table between `<!-- results NAME -->` and `<!-- /results -->` of a page; tells whether it changed."""
+    text = page.read_text()
+
+    def table(match: re.Match[str]) -> str:
+        if (name := match[1]) not in tables:
+            raise KeyError(f"{page}: there are no results of {name!r}. There are: {', '.join(tables)}.")
+        return f"<!-- results {name} -->\n\n{tables[name]}\n\n<!-- /results -->"
+
+    new = re.sub(r"<!-- results (\S+) -->.*?<!-- /results -->", table, text, flags=re.DOTALL)
+    page.write_text(new)
+    return new != text

@@ -1,0 +1,359 @@
+"""Trains workloads with optimizers: tunes learning rates, counts seconds, resumes, and writes all numbers as JSON.
+
+A folder of results has `WORKLOAD/OPTIMIZER.json`. Beside it stands the checkpoint of the training in progress, which
+is written after every epoch.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import serialization
+
+from experiments.optimizers import OPTIMIZERS, Optimizer
+from experiments.report import machine, write_json
+from experiments.workloads import WORKLOADS, Problem, loss_and_metrics
+
+EVALUATED = 1000  # Examples of one evaluation.
+WIDENINGS = 8
+
+
+class UsageError(Exception):
+    """What the user has to change."""
+
+
+class DeadlineError(Exception):
+    """The time is over; the same command resumes the training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How long a training is, and how its learning rate changes.
+
+    Attributes:
+      epochs: measurements of the losses; a pass over the data each, or the workload's `epoch_steps`.
+      seconds: of steps; no other epoch begins after so many.
+      falling: the learning rate rises in the first tenth of all steps and falls to 0 along a cosine; that of an
+        adaptive optimizer, a factor, falls linearly in the last half. Otherwise it is constant.
+    """
+
+    epochs: int
+    seconds: float = math.inf
+    falling: bool = False
+
+
+def schedule(highest: Any, steps: Any, falling: bool, adaptive: bool) -> optax.Schedule:
+    """See `Budget`; `highest` and `steps` may be traced: tuning and training share one compiled step."""
+
+    def factor(count: Any) -> Any:
+        if not falling:
+            return jnp.ones(())
+        if adaptive:
+            return jnp.clip(2 - 2 * count / steps, 0, 1)
+        done = (count + 1) / steps
+        return jnp.minimum(10 * done, (1 + jnp.cos(jnp.pi * jnp.clip((done - 0.1) / 0.9, 0, 1))) / 2)
+
+    return lambda count: highest * factor(count)
+
+
+def known(names: Sequence[str], there_are: Any, kind: str) -> None:
+    if unknown := [name for name in names if name not in there_are]:
+        raise UsageError(f"Unknown {kind} {', '.join(unknown)}. There are: {', '.join(there_are)}.")
+
+
+class Trainer:
+    """Trains one workload with one optimizer, again and again, compiling the step once."""
+
+    def __init__(self, problem: Problem, optimizer: Optimizer, falling: bool, epoch_steps: int | None):
+        self.optimizer, size = optimizer, problem.batch_size
+        examples = len(jax.tree.leaves(problem.train)[0])
+        self.steps = epoch_steps or (examples // size if size else 1)
+        if (size and self.steps * size > examples) or not self.steps:
+            raise UsageError(f"An epoch of {self.steps} batches of {size} is not in {examples} training examples.")
+
+        # The hyper-parameters are in the optimizer's state, so that one compiled step is for all of their values.
+        def make(highest: Any, steps: Any) -> optax.GradientTransformation:
+            return optimizer.make(schedule(highest, steps, falling, optimizer.adaptive), problem)
+
+        self.tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
+
+        def batch_of(data: Any, key: jax.Array, indices: jax.Array | None) -> tuple[Any, Any]:
+            inputs, targets = data if indices is None else jax.tree.map(lambda x: x[indices], data)
+            return problem.augment(key, inputs), targets
+
+        def grads_of(carry: Any, data: Any, key: jax.Array, indices: jax.Array | None) -> Any:
+            augment, labels = jax.random.split(key)
+            inputs, targets = batch_of(data, augment, indices)
+            value_and_grads = optimizer.value_and_grads(problem, targets)
+            return value_and_grads(carry[0], (inputs, carry[1]), targets, labels)
+
+        @functools.partial(jax.jit, static_argnames="tx", donate_argnames="carry")
+        def step(carry: Any, data: Any, key: jax.Array, count: Any, indices: Any, *, tx: Any) -> Any:
+            params, _, opt_state = carry
+            (loss, state), grads, statistics = grads_of(carry, data, jax.random.fold_in(key, count), indices)
+            if optimizer.full_batch:  # A line search.
+                predictive = problem.predictive(data[1])
+                extra: dict[str, Any] = {"value": loss, "grad": grads}
+                extra["value_fn"] = lambda p: predictive.loss(problem.forward(p, data[0], state)[0], data[1])
+            else:  # Ignored by first-order methods, and computed only where it is used.
+                extra = {"sampled_grads": statistics}
+            updates, opt_state = tx.update(grads, opt_state, params, **extra)
+            return (optax.apply_updates(params, updates), state, opt_state), loss
+
+        self.step: Any = step
+        self.compiled: Any = None
+        self.statistics = jax.jit(lambda *args: grads_of(*args)[2]())
+        self.evaluate = jax.jit(functools.partial(loss_and_metrics, problem))
+
+    def batches(self, problem: Problem, seed: int, epoch: int) -> Iterator[Any]:
+        """Indices of the batches of an epoch, the same for every optimizer."""
+        if problem.batch_size is None:
+            return itertools.repeat(None, self.steps)
+        number, size = len(jax.tree.leaves(problem.train)[0]), problem.batch_size
+        order = np.random.default_rng([seed, epoch]).permutation(number).astype(np.int32)
+        return (order[i * size : (i + 1) * size] for i in range(self.steps))
+
+    def measured(self, problem: Problem, carry: Any, name: str, data: Any, number: int | None) -> dict[str, float]:
+        """Means over the examples, in parts that fit into memory."""
+        data = jax.tree.map(lambda x: x[:number], data)
+        total = len(jax.tree.leaves(data)[0])
+        size = EVALUATED if problem.batch_size else total
+        sums: dict[str, float] = {}
+        for start in range(0, total, size):
+            part = jax.tree.map(lambda x: x[start : start + size], data) if problem.batch_size else data  # noqa: B023
+            weight = min(size, total - start) / total
+            for key, value in self.evaluate(carry[0], carry[1], *part).items():
+                sums[key] = sums.get(key, 0.0) + weight * float(value)
+        loss = {f"{name}_loss": sums.pop("loss")}
+        return loss if name == "train" else loss | sums
+
+    def train(
+        self,
+        problem: Problem,
+        learning_rate: float,
+        seed: int,
+        *,
+        epochs: int,
+        seconds: float = math.inf,
+        measured: int | None = None,
+        checkpoint: Path | None = None,
+        deadline: float = math.inf,
+        on_step: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> dict[str, Any]:
+        """One training; it stops early where a loss is not finite.
+
+        Args:
+          problem: of this seed.
+          learning_rate: the highest one, or an adaptive optimizer's factor.
+          seed: of the order of the examples and of the sampled labels.
+          epochs: how many of them.
+          seconds: no other epoch begins after so many.
+          measured: the training loss is that of so many examples.
+          checkpoint: a file that is written after every epoch, and from which the training resumes.
+          deadline: of `time.monotonic`, after which an epoch ends in `DeadlineError`.
+          on_step: called several times a second with the number of steps and the loss.
+
+        Returns:
+          `epochs`, a list with the losses and metrics of the test data, the number of steps and their seconds at the
+          start and after every epoch; `losses` of the steps; the seconds of compilation and of the warm start; and
+          the step whose loss was not finite.
+        """
+        key, total = jax.random.key(seed), epochs * self.steps
+        tx = self.tx(highest=learning_rate, steps=total)
+        params = problem.params
+        carry = jax.tree.map(jnp.copy, (params, problem.state, tx.init(params)))  # The step donates them.
+        run: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "warm_start_seconds": 0.0}
+        if self.compiled is None:  # Ahead, so that no second of it is counted.
+            start = time.perf_counter()
+            args = carry, problem.train, key, np.int32(0), next(self.batches(problem, seed, 0))
+            self.compiled = self.step.lower(*args, tx=tx).compile()
+            self.compile_seconds = time.perf_counter() - start
+        run["compile_seconds"] = self.compile_seconds
+
+        def record(epoch: int, spent: float) -> None:
+            values = self.measured(problem, carry, "train", problem.train, measured)
+            values |= self.measured(problem, carry, "test", problem.test, None)
+            run["epochs"].append({"step": epoch * self.steps, "seconds": spent, **values})
+            if checkpoint:
+                leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(carry))}
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                temporary = checkpoint.with_suffix(".tmp")
+                temporary.write_bytes(serialization.msgpack_serialize({"leaves": leaves, "run": json.dumps(run)}))
+                temporary.replace(checkpoint)
+
+        if checkpoint and checkpoint.exists():
+            saved = serialization.msgpack_restore(checkpoint.read_bytes())
+            run = json.loads(saved["run"])
+            leaves = [jnp.asarray(saved["leaves"][str(i)]) for i in range(len(saved["leaves"]))]
+            carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
+        else:
+            run |= {"epochs": [], "losses": []}
+            if self.optimizer.warm_start:
+                start = time.perf_counter()
+                order = self.batches(problem, seed, 0)
+                seen = (
+                    self.statistics(carry, problem.train, jax.random.fold_in(key, -1 - i), x)
+                    for i, x in enumerate(order)
+                )
+                opt_state = self.optimizer.warm_start(tx, carry[2], params, seen)
+                carry = (*carry[:2], jax.block_until_ready(opt_state))
+                run["warm_start_seconds"] = time.perf_counter() - start
+            record(0, 0.0)
+        shown = 0.0
+        for epoch in range(len(run["epochs"]) - 1, epochs):
+            spent = run["epochs"][-1]["seconds"]
+            if "diverged_at" in run or spent >= seconds:
+                break
+            if time.monotonic() > deadline:
+                raise DeadlineError
+            losses: list[Any] = []
+            start = time.perf_counter()
+            for count, indices in enumerate(self.batches(problem, seed, epoch), epoch * self.steps):
+                carry, loss = self.compiled(carry, problem.train, key, np.int32(count), indices)
+                losses.append(loss)
+                if time.perf_counter() - shown > 0.3:
+                    on_step(count + 1, float(loss))
+                    shown = time.perf_counter()
+            losses = [float(f"{float(loss):.6g}") for loss in losses]  # Waits for them.
+            spent += time.perf_counter() - start
+            run["losses"] += losses
+            finite = np.isfinite(run["losses"])
+            if not finite.all():
+                run["diverged_at"] = int(np.argmin(finite))
+            record(epoch + 1, spent)
+        return run
+
+
+def final_loss(run: dict[str, Any]) -> float:
+    loss = run["epochs"][-1]["train_loss"]
+    return math.inf if loss is None or "diverged_at" in run or not math.isfinite(loss) else loss
+
+
+def tune(loss_of: Callable[[float], float], grid: Sequence[float], name: str) -> float:
+    """The learning rate of the lowest loss; where it is at an edge, the grid is widened until it is not."""
+    losses = {rate: loss_of(rate) for rate in grid}
+    for _ in range(WIDENINGS):
+        rates = sorted(losses)
+        best = min(rates, key=lambda rate: losses[rate])
+        if len(rates) == 1 or best not in (rates[0], rates[-1]):
+            return best
+        # Where all have diverged, `best` is the lowest.
+        new = rates[1] * rates[0] / rates[2] if best == rates[0] else rates[-2] * rates[-1] / rates[-3]
+        new = float(f"{new:.3g}")
+        losses[new] = loss_of(new)
+    raise UsageError(
+        f"{name}: the best learning rate {best:g} is still at an edge of the grid ({min(losses):g} to "
+        f"{max(losses):g}) after {WIDENINGS} more. No result is reported. Give it another grid."
+    )
+
+
+def run(
+    workload: str,
+    optimizer: str,
+    out: Path,
+    *,
+    budget: Budget | None = None,
+    tuning_epochs: int | None = None,
+    seeds: Sequence[int] = (0,),
+    learning_rate: float | None = None,
+    options: dict[str, Any] | None = None,
+    deadline: float = math.inf,
+    on_training: Callable[[str, int], Callable[[int, float], None]] = lambda name, steps: lambda step, loss: None,
+) -> dict[str, Any]:
+    """Tunes with seed 0, trains with each of `seeds`, and returns what `out/WORKLOAD/OPTIMIZER.json` has.
+
+    What is in that file already is not run again, and trainings in progress resume; with other settings than the
+    file's the run is refused. The arguments are those of the command line.
+    """
+    known([workload], WORKLOADS, "workload")
+    known([optimizer], OPTIMIZERS, "optimizer")
+    what, how, options = WORKLOADS[workload], OPTIMIZERS[optimizer], options or {}
+    budget = budget or Budget(what.epochs, falling=what.falling)
+    tuned = len(how.grid) > 1 and learning_rate is None
+    tuning_epochs = tuning_epochs or min(what.tuning_epochs, budget.epochs)
+    settings = {
+        **{key: value for key, value in options.items() if key != "data_dir"},
+        **dataclasses.asdict(budget),
+        "tuning_epochs": tuning_epochs if tuned else None,
+        "optimizer": how.settings,
+        "learning_rate": learning_rate,
+    }
+    settings = json.loads(json.dumps(settings).replace("Infinity", "null"))
+    path = out / workload / f"{optimizer}.json"
+    result: dict[str, Any] = {"workload": workload, "optimizer": optimizer, "machine": machine(), "settings": settings}
+    result |= {"tuning": [], "runs": []}
+    if path.exists():
+        result = json.loads(path.read_text())
+        differences = [
+            f"{key} is {result['settings'].get(key)} there, and {settings.get(key)} here"
+            for key in {**result["settings"], **settings}
+            if result["settings"].get(key) != settings.get(key)
+        ]
+        if differences:
+            raise UsageError(f"{path} is of a run with other settings: {'; '.join(differences)}. Give another --out.")
+
+    problems = functools.cache(lambda seed: what.make(seed, **options))
+    if how.full_batch and problems(0).batch_size is not None:
+        raise UsageError(f"{optimizer} is for deterministic losses, and {workload} draws batches.")
+    trainer = functools.cache(lambda: Trainer(problems(0), how, budget.falling, what.epoch_steps))
+
+    def trained(kind: str, rate: float, seed: int, epochs: int) -> dict[str, Any]:
+        """`kind`: "tuning" or "runs"."""
+        for done in result[kind]:
+            if (done["learning_rate"], done["seed"]) == (rate, seed):
+                return done
+        checkpoint = path.with_suffix(f".{kind}.{rate:g}.{seed}")
+        done = trainer().train(
+            problems(seed),
+            rate,
+            seed,
+            epochs=epochs,
+            seconds=budget.seconds,
+            measured=what.measured,
+            checkpoint=checkpoint,
+            deadline=deadline,
+            on_step=on_training(f"{optimizer} {rate:g}, seed {seed}", epochs * trainer().steps),
+        )
+        if kind == "tuning":  # Only its end matters.
+            done = {**done, "epochs": done["epochs"][-1:], "losses": []}
+        result[kind].append(done)
+        write_json(path, result)
+        checkpoint.unlink()
+        return done
+
+    rate = 1.0 if how.adaptive or not how.grid else how.grid[0]
+    if learning_rate is not None:
+        rate = learning_rate
+    elif tuned:
+        rate = tune(
+            lambda rate: final_loss(trained("tuning", rate, 0, tuning_epochs)), how.grid, f"{workload}, {optimizer}"
+        )
+    for seed in seeds:
+        trained("runs", rate, seed, budget.epochs)
+    return json.loads(path.read_text())
+
+
+@contextlib.contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Refuses a second program that writes into the same folder at the same time."""
+    import filelock
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(f"Another run writes into {out}. Wait for it, or give another --out.") from None
+    with lock:
+        yield

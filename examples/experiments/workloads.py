@@ -1,0 +1,362 @@
+"""What is trained: a model, the distribution of its targets, data and metrics.
+
+A workload is a function of a seed (and of options of its own, with defaults) that returns a `Problem`, and registers
+itself with `@workload(...)`. `python -m experiments list` shows all of them.
+"""
+
+import functools
+import itertools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import tnt_optax
+from experiments import data
+from experiments.models import Autoencoder, ResNet, Transformer
+from tnt_optax import Bernoulli, Categorical, Joint, Normal
+
+
+class Problem(NamedTuple):
+    """A training problem.
+
+    Attributes:
+      params: the initial parameters.
+      forward: (params, inputs, state) -> (outputs, new state).
+      predictive: targets of a batch -> the distribution of the outputs; a mask may depend on the targets.
+      train: inputs and targets, trees of arrays whose first axis is the examples.
+      test: the same, for the losses and metrics after every epoch.
+      batch_size: examples a step, drawn without replacement in an epoch; None: all of them at every step.
+      state: what `forward` returns besides outputs and takes at the next step: BatchNorm's averages.
+      predict: (params, inputs, state) -> outputs, for the test; None: `forward`.
+      metrics: name -> (parameters, outputs, targets) -> scalar, of the test data.
+      augment: (key, inputs) -> inputs, of the batches.
+      views: of TNT, see `tnt_optax.tnt`.
+    """
+
+    params: Any
+    forward: Callable[..., tuple[Any, Any]]
+    predictive: Callable[[Any], tnt_optax.PredictiveDistribution]
+    train: tuple[Any, Any]
+    test: tuple[Any, Any]
+    batch_size: int | None
+    state: Any = None
+    predict: Callable[..., Any] | None = None
+    metrics: Mapping[str, Callable[[Any, Any, Any], jax.Array]] = types.MappingProxyType({})
+    augment: Callable[[jax.Array, Any], Any] = lambda key, inputs: inputs
+    views: Any = None
+
+
+class Workload(NamedTuple):
+    """A problem and the budget that fits it.
+
+    Attributes:
+      make: seed -> `Problem`; its keyword arguments are the workload's options.
+      about: one line.
+      epochs: of a training; the learning rate is tuned with `tuning_epochs`.
+      epoch_steps: steps between two measurements of the losses; None: a pass over the training data.
+      falling: whether learning rates fall during a training, and the factor of `adaptive_tnt` in its last half.
+      measured: the training loss is that of so many examples; None: of all.
+      log: whether pictures have a logarithmic axis.
+    """
+
+    make: Callable[..., Problem]
+    about: str
+    epochs: int
+    tuning_epochs: int
+    epoch_steps: int | None = None
+    falling: bool = False
+    measured: int | None = None
+    log: bool = False
+
+
+WORKLOADS: dict[str, Workload] = {}
+
+
+def workload(about: str, **budget: Any) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
+    """Registers a function under its own name."""
+
+    def register(make: Callable[..., Problem]) -> Callable[..., Problem]:
+        WORKLOADS[make.__name__] = Workload(make, about, **budget)
+        return make
+
+    return register
+
+
+def stateless(forward: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    return lambda params, inputs, state, *tap: (forward(params, inputs, *tap), state)
+
+
+# Autoencoders, as in the paper's Section 6.1.
+
+
+def autoencoder(images: data.Split, widths: Sequence[int], batch_size: int, predictive: Any, seed: int) -> Problem:
+    """The loss is summed over the pixels of an image."""
+    graphdef, params = nnx.split(Autoencoder(images.train.shape[1], widths, rngs=nnx.Rngs(seed)))
+    forward = stateless(lambda params, inputs, *tap: nnx.merge(graphdef, params)(inputs, *tap))
+    train, test = map(jnp.asarray, images)
+    return Problem(nnx.as_pure(params), forward, lambda _: predictive, (train, train), (test, test), batch_size)
+
+
+@workload("autoencoder 64-128-64-32-8 of the 8x8 digits; nats per image", epochs=40, tuning_epochs=40)
+def digits(seed: int) -> Problem:
+    return autoencoder(data.digits(), (128, 64, 32, 8), 128, Bernoulli(), seed)
+
+
+@workload("autoencoder 784-1000-500-250-30 of MNIST; nats per image", epochs=10, tuning_epochs=3)
+def mnist(seed: int, data_dir: Path | None = None) -> Problem:
+    return autoencoder(data.mnist(data_dir), (1000, 500, 250, 30), 1000, Bernoulli(), seed)
+
+
+@workload("autoencoder 784-500-250-125-30 of MNIST; nats per image", epochs=10, tuning_epochs=1)
+def mnist_small(seed: int, data_dir: Path | None = None) -> Problem:
+    return autoencoder(data.mnist(data_dir), (500, 250, 125, 30), 500, Bernoulli(), seed)
+
+
+@workload("autoencoder 625-2000-1000-500-30 of faces; half squared error", epochs=10, tuning_epochs=1)
+def faces(seed: int, data_dir: Path | None = None) -> Problem:
+    return autoencoder(data.faces(data_dir), (2000, 1000, 500, 30), 1000, Normal(), seed)
+
+
+# Classification with BatchNorm, as in the paper's Section 6.2.
+
+
+def classifier(images: data.Labelled, model: Callable[[nnx.Rngs], nnx.Module], flip: bool, seed: int) -> Problem:
+    """Images are normalized by channel, shifted by up to 4 pixels, and mirrored with `flip`."""
+    module: Any = model(nnx.Rngs(seed))
+    module.train()
+    graphdef, params, averages = nnx.split(module, nnx.Param, ...)
+    module.eval()
+    evaluation = nnx.graphdef(module)
+    pixels = images.train[0] / np.float32(255)
+    mean, deviation = pixels.mean(axis=(0, 1, 2), dtype=np.float64), pixels.std(axis=(0, 1, 2), dtype=np.float64)
+
+    def normalize(inputs: jax.Array) -> jax.Array:
+        return (inputs.astype(jnp.float32) / 255 - jnp.float32(mean)) / jnp.float32(deviation)
+
+    def forward(params: Any, inputs: jax.Array, averages: Any) -> tuple[jax.Array, Any]:
+        model: Any = nnx.merge(graphdef, params, averages, copy=True)
+        return model(normalize(inputs)), nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+    def augment(key: jax.Array, inputs: jax.Array) -> jax.Array:
+        crop, mirror = jax.random.split(key)
+        padded = jnp.pad(inputs, ((0, 0), (4, 4), (4, 4), (0, 0)))
+        corners = jax.random.randint(crop, (len(inputs), 2), 0, 9)
+        inputs = jax.vmap(lambda x, ij: jax.lax.dynamic_slice(x, (*ij, 0), inputs.shape[1:]))(padded, corners)
+        mirrored = flip & jax.random.bernoulli(mirror, shape=(len(inputs), 1, 1, 1))
+        return jnp.where(mirrored, inputs[:, :, ::-1], inputs)
+
+    train, test = jax.tree.map(jnp.asarray, (images.train, images.test))
+    return Problem(
+        nnx.as_pure(params),
+        forward,
+        lambda _: Categorical(),
+        train,
+        test,
+        128,
+        state=nnx.as_pure(averages),
+        predict=lambda params, x, averages: nnx.merge(evaluation, params, averages, copy=True)(normalize(x)),
+        metrics={"test_error": error_rate},
+        augment=augment,
+    )
+
+
+def error_rate(params: Any, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    del params
+    return jnp.mean(jnp.argmax(logits, axis=-1) != labels, dtype=jnp.float32)
+
+
+@workload("ResNet-8 with BatchNorm on the digits, as images of 32x32", epochs=10, tuning_epochs=10, falling=True)
+def digits_resnet(seed: int, blocks: int = 1, channels: int = 8) -> Problem:
+    return classifier(data.digit_images(), lambda rngs: ResNet(blocks, channels, rngs=rngs), False, seed)
+
+
+@workload("ResNet with BatchNorm on CIFAR-10; 5 blocks: ResNet-32", epochs=8, tuning_epochs=2, falling=True)
+def cifar10(
+    seed: int, data_dir: Path | None = None, blocks: int = 1, channels: int = 16, examples: int = 10_000
+) -> Problem:
+    images = data.cifar10(data_dir)
+    some = data.Labelled((images.train[0][:examples], images.train[1][:examples]), images.test)
+    return classifier(some, lambda rngs: ResNet(blocks, channels, rngs=rngs), True, seed)
+
+
+# A byte-level language model.
+
+
+@workload(
+    "byte-level transformer on Python's standard library; nats per byte",
+    epochs=30,
+    tuning_epochs=6,
+    epoch_steps=50,
+    falling=True,
+    measured=256,
+)
+def transformer(
+    seed: int,
+    width: int = 64,
+    layers: int = 4,
+    heads: int = 4,
+    length: int = 128,
+    batch: int = 8,
+    dtype: str = "float32",
+) -> Problem:
+    model = Transformer(256, width, layers, heads, length, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))
+    graphdef, params = nnx.split(model, nnx.Param)
+    rng = np.random.default_rng(0)
+    train, test = (jnp.asarray(rng.permutation(sequences)) for sequences in data.python_sources(length))
+
+    def previous(labels: jax.Array) -> jax.Array:
+        """What each byte is predicted from: the one before it. A sequence begins after a zero, and so does padding."""
+        return jnp.pad(jnp.maximum(labels[:, :-1], 0), ((0, 0), (1, 0)))
+
+    return Problem(
+        nnx.as_pure(params),
+        stateless(lambda params, inputs: nnx.merge(graphdef, params)(inputs)),
+        lambda targets: Categorical(weights=targets >= 0),  # The padding does not count, nor do its sampled labels.
+        (previous(train), train),
+        (previous(test[:256]), test[:256]),
+        batch,
+        views=tnt_optax.flax_views(stacked=("blocks",)),
+    )
+
+
+# Small dense networks of coordinates: partial differential equations, an image, a table.
+
+Layers = list[dict[str, jax.Array]]
+
+
+def dense_layers(widths: Sequence[int], seed: int) -> Layers:
+    """Glorot-uniform kernels, zero biases."""
+    rng = np.random.default_rng(seed)
+    bounds = [(6 / (n + m)) ** 0.5 for n, m in itertools.pairwise(widths)]
+    return [
+        {"kernel": jnp.float32(rng.uniform(-bound, bound, (n, m))), "bias": jnp.zeros(m)}
+        for bound, (n, m) in zip(bounds, itertools.pairwise(widths), strict=True)
+    ]
+
+
+def dense(activation: Callable[[jax.Array], jax.Array], params: Layers, x: jax.Array) -> jax.Array:
+    for layer in params[:-1]:
+        x = activation(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def derivative(function: Callable[[jax.Array], jax.Array], axis: int) -> Callable[[jax.Array], jax.Array]:
+    """Of a function of points (n, d) with values (n,), along one coordinate of each point."""
+
+    def along(x: jax.Array) -> jax.Array:
+        tangent = jnp.zeros_like(x).at[:, axis].set(1)
+        return jax.jvp(function, (x,), (tangent,))[1]
+
+    return along
+
+
+def equation(
+    residual: Callable[..., jax.Array],
+    boundary_values: Callable[[np.ndarray], np.ndarray],
+    solution: Callable[[np.ndarray], np.ndarray],
+    edge: np.ndarray,
+    interior: int,
+    seed: int,
+) -> Problem:
+    """A network u(x) of points in [0, 1]^2 that solves an equation on fixed random points.
+
+    The loss is half the mean square of the residual in the interior and half that of u minus its values on the edge;
+    `l2_error` is the relative error of u on other points.
+    """
+    rng = np.random.default_rng(1000 + seed)
+    points = {"interior": jnp.float32(rng.uniform(size=(interior, 2))), "edge": jnp.float32(edge)}
+    targets = {"interior": jnp.zeros(interior), "edge": jnp.float32(boundary_values(edge))}
+    others = rng.uniform(size=(9000, 2)).astype(np.float32)
+
+    def u(params: Layers) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: dense(jnp.tanh, params, x)[:, 0]
+
+    def forward(params: Layers, x: Any) -> Any:
+        return {"interior": residual(u(params), x["interior"]), "edge": u(params)(x["edge"])}
+
+    def l2_error(params: Layers, *_: Any) -> jax.Array:
+        return jnp.linalg.norm(u(params)(jnp.asarray(others)) - truth) / jnp.linalg.norm(truth)
+
+    truth = jnp.float32(solution(others))
+    return Problem(
+        dense_layers((2, 64, 64, 48, 48, 1), seed),
+        stateless(forward),
+        lambda _: Joint({"interior": Normal(), "edge": Normal()}),
+        (points, targets),
+        (points, targets),
+        None,
+        metrics={"l2_error": l2_error},
+    )
+
+
+PDE: dict[str, Any] = {"epochs": 20, "tuning_epochs": 10, "epoch_steps": 100, "log": True}
+
+
+@workload("-Laplace u = f on the unit square, u = sin(pi x) sin(pi y)", **PDE)
+def poisson(seed: int) -> Problem:
+    rng = np.random.default_rng(2000 + seed)
+    along, side = rng.uniform(size=120), rng.integers(4, size=120)
+    edge = np.stack([np.where(side < 2, along, side - 2), np.where(side < 2, side, along)], axis=1)
+
+    def solution(x: Any) -> Any:
+        return np.sin(np.pi * x[:, 0]) * np.sin(np.pi * x[:, 1])
+
+    def residual(u: Any, x: jax.Array) -> jax.Array:
+        source = 2 * jnp.pi**2 * jnp.sin(jnp.pi * x[:, 0]) * jnp.sin(jnp.pi * x[:, 1])
+        return -sum(derivative(derivative(u, i), i)(x) for i in (0, 1)) - source
+
+    return equation(residual, lambda x: 0 * x[:, 0], solution, edge, 900, seed)
+
+
+@workload("heat equation u_t = u_xx / 20, u = exp(-pi^2 t / 20) sin(pi x), for t, x in [0, 1]", **PDE)
+def heat(seed: int) -> Problem:
+    rng = np.random.default_rng(2000 + seed)
+    along, side = rng.uniform(size=120), rng.integers(3, size=120)  # t = 0, x = 0 or x = 1.
+    edge = np.stack([np.where(side == 0, 0, along), np.where(side == 0, along, side - 1)], axis=1)
+
+    def solution(x: Any) -> Any:
+        return np.exp(-(np.pi**2) * x[:, 0] / 20) * np.sin(np.pi * x[:, 1])
+
+    def residual(u: Any, x: jax.Array) -> jax.Array:
+        return derivative(u, 0)(x) - derivative(derivative(u, 1), 1)(x) / 20
+
+    return equation(residual, solution, solution, edge, 900, seed)
+
+
+@workload("colours of a photograph from Fourier features of the pixels", epochs=40, tuning_epochs=10, log=True)
+def image(seed: int, size: int = 64, frequencies: int = 64) -> Problem:
+    coordinates, colours = map(jnp.asarray, data.picture(size))
+    projection = np.random.default_rng(0).normal(0, 6, (2, frequencies)).astype(np.float32)
+    phases = coordinates @ projection
+    features = jnp.concatenate([jnp.sin(phases), jnp.cos(phases)], axis=1)
+    forward = stateless(functools.partial(dense, jax.nn.relu))
+    psnr = {"psnr": lambda _, y, t: -10 * jnp.log10(jnp.mean(jnp.square(y - t)))}
+    layers, batch = dense_layers((2 * frequencies, 128, 128, 128, 3), seed), (features, colours)
+    # A standard deviation of 0.1 of a colour.
+    return Problem(layers, forward, lambda _: Normal(variance=0.01), batch, batch, 512, metrics=psnr)
+
+
+@workload("progression of diabetes in 442 patients, standardized", epochs=30, tuning_epochs=30)
+def diabetes(seed: int) -> Problem:
+    features, target = data.diabetes()
+    (train, test), forward = zip(features, target, strict=True), stateless(functools.partial(dense, jnp.tanh))
+    r2 = {"r2": lambda _, y, t: 1 - jnp.mean(jnp.square(y - t)) / jnp.var(t)}
+    layers = dense_layers((10, 32, 32, 1), seed)
+    train, test = (tuple(map(jnp.asarray, pair)) for pair in (train, test))
+    return Problem(layers, forward, lambda _: Normal(), train, test, 64, metrics=r2)  # type: ignore[arg-type]
+
+
+def loss_and_metrics(problem: Problem, params: Any, state: Any, inputs: Any, targets: Any) -> dict[str, jax.Array]:
+    """The mean loss, and the metrics, of a batch in evaluation."""
+    if problem.predict is None:
+        outputs, _ = problem.forward(params, inputs, state)
+    else:
+        outputs = problem.predict(params, inputs, state)
+    values = {"loss": problem.predictive(targets).loss(outputs, targets)}
+    return values | {name: metric(params, outputs, targets) for name, metric in problem.metrics.items()}
