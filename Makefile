@@ -6,25 +6,30 @@ BIN := $(VENV)/bin
 .PHONY: demo bench paper test test-all lint clean help
 
 help:
-	@echo "make demo   train an autoencoder with TNT, Adam and SGD, and compare them (ARGS=--help for its options)"
+	@echo "make demo   train an autoencoder with adaptive TNT, untuned, beside tuned optimizers (ARGS=--help for options)"
 	@echo "make bench  what a step costs, beside other optimizers (ARGS=--help for its options)"
 	@echo "make paper  the paper's experiments in small: autoencoders, Figure 1, classification, Theorem 1, Table 1"
 	@echo "make test   run the tests (make test-all: the long ones too)"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove the environment and what the programs wrote"
 
+# The packages `experiments` and `benchmarks` stand in examples/.
+EXAMPLES = PYTHONPATH=examples $(BIN)/python -m
+
 demo: $(VENV)/examples
-	$(BIN)/python examples/demo.py $(ARGS)
+	$(EXAMPLES) experiments run digits -o adaptive_tnt,tnt,adam,sgdm $(ARGS)
+	$(EXAMPLES) experiments report
 
 bench: $(VENV)/bench
-	$(BIN)/python examples/bench.py $(ARGS)
+	$(EXAMPLES) benchmarks step $(ARGS)
 
 paper: $(VENV)/examples
-	$(BIN)/python examples/autoencoder.py --grid 0.1 1 10 --seeds 3
-	$(BIN)/python examples/fisher_cosine.py
-	$(BIN)/python examples/image_classification.py
-	$(BIN)/python examples/convergence.py
-	$(BIN)/python examples/complexity.py
+	$(EXAMPLES) experiments run digits -o adaptive_tnt,tnt_published,kfac,shampoo,adam,sgdm
+	$(EXAMPLES) experiments run digits_resnet -o adaptive_tnt,tnt,sgdm --epochs 5 --tuning-epochs 1
+	$(EXAMPLES) experiments report
+	$(EXAMPLES) experiments.fisher_cosine
+	$(EXAMPLES) experiments.convergence
+	$(EXAMPLES) benchmarks complexity
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto $(ARGS)

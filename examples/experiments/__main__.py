@@ -108,15 +108,15 @@ def make_report(
     pages: Annotated[list[Path] | None, typer.Option("--page", help="whose tables are replaced")] = None,
 ) -> None:
     """Draws a picture of each workload beside its results, and prints its table or puts it into pages."""
-    tables = {}
+    tables = report.tables(folder)
     for name, of_workload in report.results(folder).items():
-        tables[name] = report.summary(of_workload)
         workload = WORKLOADS.get(name)
-        report.plot(folder / f"{name}.png", f"{name}: {workload.about}" if workload else name, of_workload, log=True)
-        if not pages:
-            rich.print(Markdown(f"**{name}**\n\n{tables[name]}"))
+        log = workload is None or workload.log
+        report.plot(folder / f"{name}.png", f"{name}: {workload.about}" if workload else name, of_workload, log)
+    for name, table in tables.items() if not pages else ():
+        rich.print(Markdown(f"**{name}**\n\n{table}"))
     for page in pages or []:
-        report.fill(page, tables)
+        page.write_text(report.filled(page, tables))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import jax
 import optax
 
 import tnt_optax
-from common import baselines
+from experiments import baselines
 from experiments.workloads import Problem
 
 ValueAndGrads = Callable[..., tuple[tuple[jax.Array, Any], Any, Any]]
@@ -100,7 +100,7 @@ def muon(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
 
 @optimizer([3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
 def soap(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return optax.adam(learning_rate)
+    return baselines.soap(learning_rate)
 
 
 @optimizer(full_batch=True)

@@ -55,6 +55,14 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def tables(folder: Path) -> dict[str, str]:
+    """The summary of each workload, and the `tables` that other programs wrote into their JSON files."""
+    found = {name: summary(of_workload) for name, of_workload in results(folder).items()}
+    for path in sorted(folder.glob("*.json")):
+        found |= json.loads(path.read_text()).get("tables", {})
+    return found
+
+
 def diverged(run: Mapping[str, Any]) -> bool:
     """A loss is not finite, or the last one is above the first."""
     first, last = (run["epochs"][i]["train_loss"] for i in (0, -1))
@@ -128,15 +136,13 @@ def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], l
     plt.close(figure)
 
 
-def fill(page: Path, tables: Mapping[str, str]) -> bool:
-    """Puts each table between `<!-- results NAME -->` and `<!-- /results -->` of a page; tells whether it changed."""
-    text = page.read_text()
+def filled(page: Path, tables: Mapping[str, str]) -> str:
+    """The text of a page with each table between its `<!-- results NAME -->` and `<!-- /results -->`."""
 
     def table(match: re.Match[str]) -> str:
         if (name := match[1]) not in tables:
             raise KeyError(f"{page}: there are no results of {name!r}. There are: {', '.join(tables)}.")
         return f"<!-- results {name} -->\n\n{tables[name]}\n\n<!-- /results -->"
 
-    new = re.sub(r"<!-- results (\S+) -->.*?<!-- /results -->", table, text, flags=re.DOTALL)
-    page.write_text(new)
-    return new != text
+    pattern = r"<!-- results (\S+) -->.*?<!-- /results -->"
+    return re.sub(pattern, table, page.read_text(), flags=re.DOTALL)
