@@ -83,7 +83,7 @@ def test_steps_are_those_of_plain_gradient_descent(registered, tmp_path):
 
 def test_an_interrupted_run_resumes_and_loses_no_epoch(registered, tmp_path, monkeypatch):
     whole = runner.run("line", "fixed", tmp_path / "whole")["runs"][0]
-    measured, calls, fatal = runner.Trainer.measured, [], [6]
+    measured, calls, fatal = runner.Trainer.means, [], [6]
 
     def interrupted(self, *args):
         calls.append(args)
@@ -91,7 +91,7 @@ def test_an_interrupted_run_resumes_and_loses_no_epoch(registered, tmp_path, mon
             raise KeyboardInterrupt
         return measured(self, *args)
 
-    monkeypatch.setattr(runner.Trainer, "measured", interrupted)
+    monkeypatch.setattr(runner.Trainer, "means", interrupted)
     with pytest.raises(KeyboardInterrupt):
         runner.run("line", "fixed", tmp_path / "parts")
     calls.clear()

@@ -1,7 +1,8 @@
 """The optimizers that are compared, each with the learning rates that are tried.
 
 An optimizer is a function of its learning rate (a schedule) and of the problem, and registers itself with
-`@optimizer(grid)`. Without a grid there is nothing to tune. `python -m experiments list` shows all of them.
+`@optimizer(grid)`. Without a grid there is nothing to tune, and a grid of one rate is a published setting.
+`python -m experiments list` shows all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +15,14 @@ import tnt_optax
 from experiments import baselines
 from experiments.workloads import Problem
 
+Make = Callable[[Any, Problem], optax.GradientTransformation]
 ValueAndGrads = Callable[..., tuple[tuple[jax.Array, Any], Any, Any]]
 
 
-def sampled(problem: Problem, targets: Any, **options: Any) -> ValueAndGrads:
+def sampled(problem: Problem, targets: Any, scale: Any = "fisher") -> ValueAndGrads:
     """`value_and_sampled_grad` of a problem, whose inputs are (inputs, state) and whose aux is the new state."""
     return tnt_optax.value_and_sampled_grad(
-        lambda params, batch: problem.forward(params, *batch), problem.predictive(targets), has_aux=True, **options
+        lambda params, batch: problem.forward(params, *batch), problem.predictive(targets), has_aux=True, scale=scale
     )
 
 
@@ -29,15 +31,15 @@ class Optimizer(NamedTuple):
 
     Attributes:
       make: (learning rate, problem) -> gradient transformation.
-      grid: learning rates, neighbours in a constant ratio; the best one must not be at an edge.
-      settings: everything else that makes a run what it is; written beside the numbers.
+      grid: learning rates, neighbours in a constant ratio or 1, 3, 10, ...; the best one must not be at an edge.
+      settings: of a registered `tnt`, written beside the numbers.
       value_and_grads: (problem, targets) -> loss, gradients and statistics, like `sampled`.
       warm_start: like `tnt_optax.warm_start`, over one pass of the data; None: there is none.
       adaptive: the learning rate is a factor of the step: 1, or falling to 0 in the last half of a training.
-      full_batch: only for deterministic losses.
+      full_batch: for deterministic losses only; it gets `value`, `grad` and `value_fn`.
     """
 
-    make: Callable[[Any, Problem], optax.GradientTransformation]
+    make: Make
     grid: Sequence[float] = ()
     settings: Any = None
     value_and_grads: Callable[[Problem, Any], ValueAndGrads] = sampled
@@ -49,46 +51,55 @@ class Optimizer(NamedTuple):
 OPTIMIZERS: dict[str, Optimizer] = {}
 
 
-def optimizer(grid: Sequence[float] = (), **options: Any) -> Callable[..., Any]:
-    """Registers a function under its own name."""
+def optimizer(grid: Sequence[float] = (), name: str | None = None, **options: Any) -> Callable[[Make], Make]:
+    """Registers a function, under its own name if no other is given."""
 
-    def register(make: Callable[[Any, Problem], optax.GradientTransformation]) -> Any:
-        OPTIMIZERS[make.__name__] = Optimizer(make, grid, **options)
+    def register(make: Make) -> Make:
+        OPTIMIZERS[name or make.__name__] = Optimizer(make, grid, **options)
         return make
 
     return register
 
 
+def tnt(name: str, grid: Sequence[float], *, part: int = 1, scale: str = "fisher", warm: bool = False, **settings: Any):
+    """Registers TNT with fixed settings; labels are sampled for one in `part` examples of a batch."""
+
+    def value_and_grads(problem: Problem, targets: Any) -> ValueAndGrads:
+        def of_a_part(params: Any, batch: Any, targets: Any, key: jax.Array) -> Any:
+            (inputs, state), size = batch, len(jax.tree.leaves(targets)[0]) // part
+            some, labels = jax.tree.map(lambda x: x[:size], (inputs, targets))
+            value, grads, _ = sampled(problem, targets, scale)(params, batch, targets, key)
+            return value, grads, lambda: sampled(problem, labels, scale)(params, (some, state), labels, key)[2]()
+
+        return sampled(problem, targets, scale) if part == 1 else of_a_part
+
+    options = {"value_and_grads": value_and_grads, "warm_start": tnt_optax.warm_start if warm else None}
+    settings_of_run = {**settings, "part": part, "scale": scale, "warm_start": warm}
+    optimizer(grid, name, settings=settings_of_run, **options)(
+        lambda learning_rate, problem: tnt_optax.tnt(learning_rate, views=problem.views, **settings)
+    )
+
+
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+LOW, MIDDLE, HIGH, HIGHER = (RATES[i : i + 5] for i in range(4))
+
 # First-order methods, and those that Optax has.
+optimizer(LOW, "adam")(lambda rate, _: optax.adam(rate))
+optimizer(MIDDLE, "adamw")(lambda rate, _: optax.adamw(rate, b2=0.95, weight_decay=1e-4))
+optimizer(HIGHER, "sgdm")(lambda rate, _: optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9)))
+optimizer(MIDDLE, "soap")(lambda rate, _: baselines.soap(rate))
+optimizer((), "lbfgs", full_batch=True)(lambda _, problem: optax.lbfgs())  # Its line search needs no learning rate.
 
 
-@optimizer([1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
-def adam(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return optax.adam(learning_rate)
-
-
-@optimizer([3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
-def adamw(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return optax.adamw(learning_rate, b2=0.95, weight_decay=1e-4)
-
-
-@optimizer([3e-3, 1e-2, 3e-2, 1e-1, 3e-1])
-def sgdm(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(learning_rate, momentum=0.9))
-
-
-@optimizer([1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+@optimizer(HIGH)
 def muon(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
     """With Adam for embeddings and vectors, whose steps are as long, so that one learning rate fits all."""
 
     def dimensions(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         view = problem.views and problem.views(path, x.shape)
-        embedding = "embedding" in jax.tree_util.keystr(path)
-        if embedding or x.ndim < 2:
-            return None
-        if view is not None:
-            return optax.contrib.MuonDimensionNumbers(*view.modes) if len(view.modes) == 2 else None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,))
+        modes = view.modes if view else (tuple(range(x.ndim - 1)), (x.ndim - 1,))
+        is_matrix = x.ndim > 1 and len(modes) == 2 and "embedding" not in jax.tree_util.keystr(path)
+        return optax.contrib.MuonDimensionNumbers(*modes) if is_matrix else None
 
     return optax.contrib.muon(
         learning_rate,
@@ -98,91 +109,30 @@ def muon(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
     )
 
 
-@optimizer([3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
-def soap(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return baselines.soap(learning_rate)
-
-
-@optimizer(full_batch=True)
-def lbfgs(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return optax.lbfgs()  # Its line search needs no learning rate.
-
-
 # TNT.
-
-
-@optimizer(adaptive=True)
-def adaptive_tnt(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return tnt_optax.adaptive_tnt(learning_rate, views=problem.views)
-
-
-@optimizer(adaptive=True)
-def adam_quadratic_model(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    """Adam's direction with the step of the quadratic model."""
-    model = tnt_optax.scale_by_quadratic_model()
-    return optax.chain(optax.scale_by_adam(), model, optax.scale_by_learning_rate(learning_rate))
-
-
-def register_tnt(name: str, *, grid: Sequence[float], part: int = 1, **settings: Any) -> None:
-    """TNT with fixed settings; labels are sampled for one in `part` examples of a batch.
-
-    `scale="fisher"`: a part of the batch estimates the same matrix.
-    """
-    scale = settings.pop("scale", "fisher")
-
-    def make(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-        options = {key: value for key, value in settings.items() if key != "warm_start"}
-        return tnt_optax.tnt(learning_rate, views=problem.views, **options)
-
-    def value_and_grads(problem: Problem, targets: Any) -> ValueAndGrads:
-        whole = sampled(problem, targets, scale=scale)
-
-        def of_a_part(params: Any, batch: Any, targets: Any, key: jax.Array) -> Any:
-            (inputs, state), size = batch, len(jax.tree.leaves(targets)[0]) // part
-            some, labels = jax.tree.map(lambda x: x[:size], (inputs, targets))
-            fewer = sampled(problem, labels, scale=scale)
-            return *whole(params, batch, targets, key)[:2], lambda: fewer(params, (some, state), labels, key)[2]()
-
-        return whole if part == 1 else of_a_part
-
-    OPTIMIZERS[name] = Optimizer(
-        make,
-        grid,
-        {**settings, "scale": scale, "part": part},
-        value_and_grads,
-        tnt_optax.warm_start if settings.get("warm_start") else None,
+optimizer((), "adaptive_tnt", adaptive=True)(lambda rate, problem: tnt_optax.adaptive_tnt(rate, views=problem.views))
+optimizer((), "adam_quadratic_model", adaptive=True)(
+    lambda factor, _: optax.chain(
+        optax.scale_by_adam(), tnt_optax.scale_by_quadratic_model(), optax.scale_by_learning_rate(factor)
     )
+)
+BOUNDED: dict[str, Any] = {"damping": 0.1, "trust_radius": 0.1}
+EVERY_STEP: dict[str, Any] = {"statistics_period": 1, "inverse_period": 20}
+tnt("tnt", HIGHER, **BOUNDED)
+tnt("tnt_empirical", HIGHER, fisher="empirical", **BOUNDED)
+for number in (1, 2, 4, 8):
+    tnt(f"tnt_part{number}", [0.01], part=number, **BOUNDED, **EVERY_STEP)
 
-
-GRID = [3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
-PERIODS = {"statistics_period": 1, "inverse_period": 20}
-BOUNDED = {"damping": 0.1, "trust_radius": 0.1}
-register_tnt("tnt", grid=GRID, damping=0.1, trust_radius=0.1)
-register_tnt("tnt_empirical", grid=GRID, damping=0.1, trust_radius=0.1, fisher="empirical")
-for part in (1, 2, 4, 8):
-    register_tnt(f"tnt_part{part}", grid=[0.01], part=part, **BOUNDED, **PERIODS)
-
-# What the paper's authors published for their MNIST autoencoder, and the same with a bound on the steps.
-PUBLISHED: Any = {"damping": 0.1, "scale": "mean", "warm_start": True, **PERIODS}
-register_tnt("tnt_published", grid=[1e-4], **PUBLISHED)
-register_tnt("tnt_published_bounded", grid=[1e-4], trust_radius=0.0316, **PUBLISHED)
-register_tnt("tnt_published_cifar10", grid=[1e-4], scale="mean", warm_start=True, weight_decay=10.0)
-
-
-@optimizer([1e-4])
-def adam_published(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return optax.adam(learning_rate, eps=1e-4)
-
-
-@optimizer([3e-3])
-def sgdm_published(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return optax.sgd(learning_rate, momentum=0.9)
-
-
-@optimizer([3e-2])
-def sgdm_published_cifar10(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    """With the decoupled weight decay of the paper's code."""
-    return optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.01), optax.scale_by_learning_rate(learning_rate))
+# What the paper's authors published for their MNIST autoencoder and for CIFAR-10; with a bound on the steps it is ours.
+PUBLISHED: dict[str, Any] = {"damping": 0.1, "scale": "mean", "warm": True, **EVERY_STEP}
+tnt("tnt_published", [1e-4], **PUBLISHED)
+tnt("tnt_published_bounded", [1e-4], trust_radius=0.0316, **PUBLISHED)
+tnt("tnt_published_cifar10", [1e-4], scale="mean", warm=True, weight_decay=10.0)
+optimizer([1e-4], "adam_published")(lambda rate, _: optax.adam(rate, eps=1e-4))
+optimizer([3e-3], "sgdm_published")(lambda rate, _: optax.sgd(rate, momentum=0.9))
+optimizer([3e-2], "sgdm_published_cifar10")(
+    lambda rate, _: optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.01), optax.scale_by_learning_rate(rate))
+)
 
 
 def of_gradients(problem: Problem, targets: Any) -> ValueAndGrads:
@@ -200,32 +150,19 @@ def of_layers(problem: Problem, targets: Any) -> ValueAndGrads:
 
     def value_and_grads(params: Any, batch: Any, targets: Any, key: jax.Array) -> Any:
         inputs, state = batch
-
-        def forward(params: Any, inputs: Any, *tap: Any) -> Any:
-            return problem.forward(params, inputs, state, *tap)[0]
-
-        factors = baselines.value_and_layer_factors(forward, problem.predictive(targets))
+        factors = baselines.value_and_layer_factors(
+            lambda params, inputs, *tap: problem.forward(params, inputs, state, *tap)[0], problem.predictive(targets)
+        )
         loss, grads, statistics = factors(params, inputs, targets, key)
         return (loss, state), grads, statistics
 
     return value_and_grads
 
 
-@optimizer([3e-4], value_and_grads=of_gradients, warm_start=baselines.warm_start)
-def shampoo_published(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return baselines.shampoo(learning_rate, damping=3e-4)
-
-
-@optimizer([3e-3], value_and_grads=of_layers, warm_start=baselines.warm_start)
-def kfac_published(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return baselines.kfac(learning_rate, damping=0.3)
-
-
-@optimizer([1e-4, 3e-4, 1e-3, 3e-3, 1e-2], value_and_grads=of_gradients)
-def shampoo(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return baselines.shampoo(learning_rate, damping=1e-4)
-
-
-@optimizer([1e-3, 3e-3, 1e-2, 3e-2, 1e-1], value_and_grads=of_layers)
-def kfac(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    return baselines.kfac(learning_rate)
+published = {"warm_start": baselines.warm_start}
+optimizer(LOW, "shampoo", value_and_grads=of_gradients)(lambda rate, _: baselines.shampoo(rate))
+optimizer(HIGH, "kfac", value_and_grads=of_layers)(lambda rate, _: baselines.kfac(rate))
+optimizer([3e-4], "shampoo_published", value_and_grads=of_gradients, **published)(
+    lambda rate, _: baselines.shampoo(rate, damping=3e-4)
+)
+optimizer([3e-3], "kfac_published", value_and_grads=of_layers, **published)(lambda rate, _: baselines.kfac(rate))

@@ -1,13 +1,12 @@
 """Trains workloads with optimizers: tunes learning rates, counts seconds, resumes, and writes all numbers as JSON.
 
-A folder of results has `WORKLOAD/OPTIMIZER.json`. Beside it stands the checkpoint of the training in progress, which
-is written after every epoch.
+A folder of results has `WORKLOAD/OPTIMIZER.json`. Beside it is the checkpoint of the training in progress, which is
+written after every epoch.
 """
 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import time
@@ -76,9 +75,8 @@ class Trainer:
     """Trains one workload with one optimizer, again and again, compiling the step once."""
 
     def __init__(self, problem: Problem, optimizer: Optimizer, falling: bool, epoch_steps: int | None):
-        self.optimizer, size = optimizer, problem.batch_size
-        examples = len(jax.tree.leaves(problem.train)[0])
-        self.steps = epoch_steps or (examples // size if size else 1)
+        examples, size = len(jax.tree.leaves(problem.train)[0]), problem.batch_size
+        self.optimizer, self.steps = optimizer, epoch_steps or (examples // size if size else 1)
         if (size and self.steps * size > examples) or not self.steps:
             raise UsageError(f"An epoch of {self.steps} batches of {size} is not in {examples} training examples.")
 
@@ -88,55 +86,48 @@ class Trainer:
 
         self.tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
 
-        def batch_of(data: Any, key: jax.Array, indices: jax.Array | None) -> tuple[Any, Any]:
-            inputs, targets = data if indices is None else jax.tree.map(lambda x: x[indices], data)
-            return problem.augment(key, inputs), targets
-
-        def grads_of(carry: Any, data: Any, key: jax.Array, indices: jax.Array | None) -> Any:
+        def grads_of(params: Any, state: Any, data: Any, key: jax.Array, indices: jax.Array | None) -> Any:
             augment, labels = jax.random.split(key)
-            inputs, targets = batch_of(data, augment, indices)
+            inputs, targets = data if indices is None else jax.tree.map(lambda x: x[indices], data)
             value_and_grads = optimizer.value_and_grads(problem, targets)
-            return value_and_grads(carry[0], (inputs, carry[1]), targets, labels)
+            return value_and_grads(params, (problem.augment(augment, inputs), state), targets, labels)
 
         @functools.partial(jax.jit, static_argnames="tx", donate_argnames="carry")
         def step(carry: Any, data: Any, key: jax.Array, count: Any, indices: Any, *, tx: Any) -> Any:
-            params, _, opt_state = carry
-            (loss, state), grads, statistics = grads_of(carry, data, jax.random.fold_in(key, count), indices)
-            if optimizer.full_batch:  # A line search.
+            params, state, opt_state = carry
+            key = jax.random.fold_in(key, count)
+            (loss, new_state), grads, statistics = grads_of(params, state, data, key, indices)
+            extra: dict[str, Any] = {"sampled_grads": statistics}  # Computed only by an optimizer that uses it.
+            if optimizer.full_batch:
                 predictive = problem.predictive(data[1])
-                extra: dict[str, Any] = {"value": loss, "grad": grads}
+                extra = {"value": loss, "grad": grads}
                 extra["value_fn"] = lambda p: predictive.loss(problem.forward(p, data[0], state)[0], data[1])
-            else:  # Ignored by first-order methods, and computed only where it is used.
-                extra = {"sampled_grads": statistics}
             updates, opt_state = tx.update(grads, opt_state, params, **extra)
-            return (optax.apply_updates(params, updates), state, opt_state), loss
+            return (optax.apply_updates(params, updates), new_state, opt_state), loss
 
         self.step: Any = step
         self.compiled: Any = None
+        self.compile_seconds = 0.0
         self.statistics = jax.jit(lambda *args: grads_of(*args)[2]())
         self.evaluate = jax.jit(functools.partial(loss_and_metrics, problem))
 
     def batches(self, problem: Problem, seed: int, epoch: int) -> Iterator[Any]:
-        """Indices of the batches of an epoch, the same for every optimizer."""
-        if problem.batch_size is None:
-            return itertools.repeat(None, self.steps)
+        """Indices of the batches of an epoch, the same for every optimizer; None: all examples."""
         number, size = len(jax.tree.leaves(problem.train)[0]), problem.batch_size
         order = np.random.default_rng([seed, epoch]).permutation(number).astype(np.int32)
-        return (order[i * size : (i + 1) * size] for i in range(self.steps))
+        for i in range(self.steps):
+            yield order[i * size : (i + 1) * size] if size else None
 
-    def measured(self, problem: Problem, carry: Any, name: str, data: Any, number: int | None) -> dict[str, float]:
-        """Means over the examples, in parts that fit into memory."""
-        data = jax.tree.map(lambda x: x[:number], data)
+    def means(self, problem: Problem, carry: Any, data: Any) -> dict[str, float]:
+        """Loss and metrics of the data, in parts that fit into memory."""
         total = len(jax.tree.leaves(data)[0])
         size = EVALUATED if problem.batch_size else total
         sums: dict[str, float] = {}
         for start in range(0, total, size):
-            part = jax.tree.map(lambda x: x[start : start + size], data) if problem.batch_size else data  # noqa: B023
-            weight = min(size, total - start) / total
-            for key, value in self.evaluate(carry[0], carry[1], *part).items():
-                sums[key] = sums.get(key, 0.0) + weight * float(value)
-        loss = {f"{name}_loss": sums.pop("loss")}
-        return loss if name == "train" else loss | sums
+            part = jax.tree.map(lambda x: x[start : start + size], data) if size < total else data  # noqa: B023
+            for name, value in self.evaluate(*carry[:2], *part).items():
+                sums[name] = sums.get(name, 0.0) + min(size, total - start) / total * float(value)
+        return sums
 
     def train(
         self,
@@ -157,8 +148,7 @@ class Trainer:
           problem: of this seed.
           learning_rate: the highest one, or an adaptive optimizer's factor.
           seed: of the order of the examples and of the sampled labels.
-          epochs: how many of them.
-          seconds: no other epoch begins after so many.
+          epochs, seconds: see `Budget`.
           measured: the training loss is that of so many examples.
           checkpoint: a file that is written after every epoch, and from which the training resumes.
           deadline: of `time.monotonic`, after which an epoch ends in `DeadlineError`.
@@ -169,47 +159,45 @@ class Trainer:
           start and after every epoch; `losses` of the steps; the seconds of compilation and of the warm start; and
           the step whose loss was not finite.
         """
-        key, total = jax.random.key(seed), epochs * self.steps
-        tx = self.tx(highest=learning_rate, steps=total)
-        params = problem.params
-        carry = jax.tree.map(jnp.copy, (params, problem.state, tx.init(params)))  # The step donates them.
-        run: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "warm_start_seconds": 0.0}
+        key, tx = jax.random.key(seed), self.tx(highest=learning_rate, steps=epochs * self.steps)
+        # The step donates them.
+        carry = jax.tree.map(jnp.copy, (problem.params, problem.state, tx.init(problem.params)))
         if self.compiled is None:  # Ahead, so that no second of it is counted.
             start = time.perf_counter()
             args = carry, problem.train, key, np.int32(0), next(self.batches(problem, seed, 0))
             self.compiled = self.step.lower(*args, tx=tx).compile()
             self.compile_seconds = time.perf_counter() - start
-        run["compile_seconds"] = self.compile_seconds
+        run: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "compile_seconds": self.compile_seconds}
 
-        def record(epoch: int, spent: float) -> None:
-            values = self.measured(problem, carry, "train", problem.train, measured)
-            values |= self.measured(problem, carry, "test", problem.test, None)
-            run["epochs"].append({"step": epoch * self.steps, "seconds": spent, **values})
+        def record(spent: float) -> None:
+            train = {
+                "train_loss": self.means(problem, carry, jax.tree.map(lambda x: x[:measured], problem.train))["loss"]
+            }
+            test = self.means(problem, carry, problem.test)
+            losses = {**train, "test_loss": test.pop("loss"), **test}
+            run["epochs"].append({"step": len(run["epochs"]) * self.steps, "seconds": spent, **losses})
             if checkpoint:
-                leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(carry))}
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                content = {"run": json.dumps(run), "leaves": [np.asarray(x) for x in jax.tree.leaves(carry)]}
                 temporary = checkpoint.with_suffix(".tmp")
-                temporary.write_bytes(serialization.msgpack_serialize({"leaves": leaves, "run": json.dumps(run)}))
+                temporary.write_bytes(serialization.to_bytes(content))
                 temporary.replace(checkpoint)
 
         if checkpoint and checkpoint.exists():
-            saved = serialization.msgpack_restore(checkpoint.read_bytes())
+            saved: Any = serialization.msgpack_restore(checkpoint.read_bytes())
             run = json.loads(saved["run"])
             leaves = [jnp.asarray(saved["leaves"][str(i)]) for i in range(len(saved["leaves"]))]
             carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
         else:
-            run |= {"epochs": [], "losses": []}
+            run |= {"warm_start_seconds": 0.0, "epochs": [], "losses": []}
             if self.optimizer.warm_start:
-                start = time.perf_counter()
-                order = self.batches(problem, seed, 0)
-                seen = (
-                    self.statistics(carry, problem.train, jax.random.fold_in(key, -1 - i), x)
-                    for i, x in enumerate(order)
-                )
-                opt_state = self.optimizer.warm_start(tx, carry[2], params, seen)
+                start, order = time.perf_counter(), enumerate(self.batches(problem, seed, 0))
+                fold = functools.partial(jax.random.fold_in, jax.random.key(seed + 1_000_000))
+                seen = (self.statistics(*carry[:2], problem.train, fold(i), indices) for i, indices in order)
+                opt_state = self.optimizer.warm_start(tx, carry[2], problem.params, seen)
                 carry = (*carry[:2], jax.block_until_ready(opt_state))
                 run["warm_start_seconds"] = time.perf_counter() - start
-            record(0, 0.0)
+            record(0.0)
         shown = 0.0
         for epoch in range(len(run["epochs"]) - 1, epochs):
             spent = run["epochs"][-1]["seconds"]
@@ -225,13 +213,11 @@ class Trainer:
                 if time.perf_counter() - shown > 0.3:
                     on_step(count + 1, float(loss))
                     shown = time.perf_counter()
-            losses = [float(f"{float(loss):.6g}") for loss in losses]  # Waits for them.
+            run["losses"] += [float(f"{float(loss):.6g}") for loss in losses]  # Waits for them.
             spent += time.perf_counter() - start
-            run["losses"] += losses
-            finite = np.isfinite(run["losses"])
-            if not finite.all():
+            if not (finite := np.isfinite(run["losses"])).all():
                 run["diverged_at"] = int(np.argmin(finite))
-            record(epoch + 1, spent)
+            record(spent)
         return run
 
 
@@ -245,16 +231,15 @@ def tune(loss_of: Callable[[float], float], grid: Sequence[float], name: str) ->
     losses = {rate: loss_of(rate) for rate in grid}
     for _ in range(WIDENINGS):
         rates = sorted(losses)
-        best = min(rates, key=lambda rate: losses[rate])
-        if len(rates) == 1 or best not in (rates[0], rates[-1]):
+        best = min(rates, key=lambda rate: losses[rate])  # The lowest, where all have diverged.
+        if best not in (rates[0], rates[-1]):
             return best
-        # Where all have diverged, `best` is the lowest.
         new = rates[1] * rates[0] / rates[2] if best == rates[0] else rates[-2] * rates[-1] / rates[-3]
         new = float(f"{new:.3g}")
         losses[new] = loss_of(new)
     raise UsageError(
-        f"{name}: the best learning rate {best:g} is still at an edge of the grid ({min(losses):g} to "
-        f"{max(losses):g}) after {WIDENINGS} more. No result is reported. Give it another grid."
+        f"{name}: the best learning rate is still at an edge of the grid ({min(losses):g} to {max(losses):g}) after "
+        f"{WIDENINGS} more. No result is reported. Give it another grid."
     )
 
 
@@ -295,18 +280,16 @@ def run(
     result |= {"tuning": [], "runs": []}
     if path.exists():
         result = json.loads(path.read_text())
-        differences = [
-            f"{key} is {result['settings'].get(key)} there, and {settings.get(key)} here"
-            for key in {**result["settings"], **settings}
-            if result["settings"].get(key) != settings.get(key)
-        ]
-        if differences:
-            raise UsageError(f"{path} is of a run with other settings: {'; '.join(differences)}. Give another --out.")
+        there = result["settings"]
+        different = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
+        if different:
+            text = "; ".join(f"{key} is {there.get(key)} there, and {settings.get(key)} here" for key in different)
+            raise UsageError(f"{path} is of a run with other settings: {text}. Give another --out.")
 
     problems = functools.cache(lambda seed: what.make(seed, **options))
+    trainer = functools.cache(lambda: Trainer(problems(0), how, budget.falling, what.epoch_steps))
     if how.full_batch and problems(0).batch_size is not None:
         raise UsageError(f"{optimizer} is for deterministic losses, and {workload} draws batches.")
-    trainer = functools.cache(lambda: Trainer(problems(0), how, budget.falling, what.epoch_steps))
 
     def trained(kind: str, rate: float, seed: int, epochs: int) -> dict[str, Any]:
         """`kind`: "tuning" or "runs"."""
@@ -314,17 +297,9 @@ def run(
             if (done["learning_rate"], done["seed"]) == (rate, seed):
                 return done
         checkpoint = path.with_suffix(f".{kind}.{rate:g}.{seed}")
-        done = trainer().train(
-            problems(seed),
-            rate,
-            seed,
-            epochs=epochs,
-            seconds=budget.seconds,
-            measured=what.measured,
-            checkpoint=checkpoint,
-            deadline=deadline,
-            on_step=on_training(f"{optimizer} {rate:g}, seed {seed}", epochs * trainer().steps),
-        )
+        on_step = on_training(f"{optimizer} {rate:g}, seed {seed}", epochs * trainer().steps)
+        budgets = {"epochs": epochs, "seconds": budget.seconds, "measured": what.measured, "deadline": deadline}
+        done = trainer().train(problems(seed), rate, seed, checkpoint=checkpoint, on_step=on_step, **budgets)
         if kind == "tuning":  # Only its end matters.
             done = {**done, "epochs": done["epochs"][-1:], "losses": []}
         result[kind].append(done)
@@ -332,13 +307,12 @@ def run(
         checkpoint.unlink()
         return done
 
-    rate = 1.0 if how.adaptive or not how.grid else how.grid[0]
+    rate = how.grid[0] if how.grid else 1.0
     if learning_rate is not None:
         rate = learning_rate
     elif tuned:
-        rate = tune(
-            lambda rate: final_loss(trained("tuning", rate, 0, tuning_epochs)), how.grid, f"{workload}, {optimizer}"
-        )
+        name = f"{workload}, {optimizer}"
+        rate = tune(lambda rate: final_loss(trained("tuning", rate, 0, tuning_epochs)), how.grid, name)
     for seed in seeds:
         trained("runs", rate, seed, budget.epochs)
     return json.loads(path.read_text())
