@@ -1,58 +1,55 @@
-"""Trains an autoencoder with TNT and saves checkpoints: killed at any moment and started again, it ends the same."""
+"""Trains a classifier of digits and saves checkpoints with Orbax: killed at any moment and started again with the same
+command, it ends with the same bytes."""
 
-import argparse
 import hashlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from common import data, models
-from common.training import refuse_another_run
-from flax import nnx
-from rich.progress import track
+import typer
+from sklearn.datasets import load_digits
 
 import tnt_optax
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=200, help="how many in all, those of earlier runs included")
-parser.add_argument("--every", type=int, default=10, help="steps between checkpoints; there is one at the end, too")
-parser.add_argument("--seed", type=int, default=0, help="of the parameters, the batches and the sampled targets")
-parser.add_argument("--widths", type=int, nargs="+", default=[128, 64, 32, 8], help="of the encoder's layers")
-parser.add_argument("--directory", type=Path, default=Path("results/checkpoints"), help="where the checkpoints are")
-args = parser.parse_args()
 
-images, predictive = jax.numpy.asarray(data.digits().train), tnt_optax.Bernoulli()
-graphdef, params = nnx.split(models.Autoencoder(images.shape[1], args.widths, rngs=nnx.Rngs(args.seed)))
-forward = jax.jit(lambda params, inputs: nnx.merge(graphdef, params)(inputs))
-value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive)
-tx = tnt_optax.tnt(learning_rate=0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inverse_period=5)
-initial = jax.jit(lambda params: (params, tx.init(params), jax.numpy.int32(0)))
+def main(
+    steps: int = 100, every: int = 10, width: int = 32, seed: int = 0, directory: Path = Path("results/checkpoints")
+) -> None:
+    """Trains until STEPS steps are done, those of earlier runs included, with a checkpoint every EVERY steps."""
+    images, labels = map(jnp.asarray, load_digits(return_X_y=True))
+    predictive, tx = tnt_optax.Categorical(), tnt_optax.adaptive_tnt()
+    forward = jax.jit(lambda params, images: jax.nn.relu(images / 16 @ params["w1"]) @ params["w2"])
+    value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive)
+
+    def initial():  # Everything that a step changes: the parameters, the optimizer's state, and the step's number.
+        params = {"w1": 0.1 * jax.random.normal(jax.random.key(seed), (64, width)), "w2": jnp.zeros((width, 10))}
+        return params, tx.init(params), jnp.int32(0)
+
+    @jax.jit
+    def train_step(params, opt_state, step):  # The batch and the sampled labels depend on seed and step alone.
+        batch_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        batch = jax.random.choice(batch_key, len(images), (128,), replace=False)
+        _, grads, sampled_grads = value_and_grads(params, images[batch], labels[batch], label_key)
+        updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+        return optax.apply_updates(params, updates), opt_state, step + 1
+
+    run = {"width": width, "seed": seed}  # Saved with each checkpoint: what a run that goes on must have in common.
+    # A killed run may leave a temporary folder with a part of a checkpoint; the next run removes it.
+    options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=2, cleanup_tmp_directories=True)
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handler) as manager:
+        start, state = manager.latest_step() or 0, jax.jit(initial)()
+        if start:
+            if (saved := manager.metadata(start).custom_metadata) != run:
+                raise SystemExit(f"{directory} is of another run: {saved} there, and {run} here.")
+            state = manager.restore(start, args=ocp.args.StandardRestore(state))
+        for step in range(start + 1, steps + 1):
+            state = train_step(*state)
+            manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=run, force=step == steps)
+    digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_get(state)))).hexdigest()
+    print(f"step {state[2]}, loss {predictive.loss(forward(state[0], images), labels):.4f}, SHA-256 {digest}")
 
 
-@jax.jit
-def train_step(params, opt_state, step):  # The batch and the sampled targets depend on the seed and the step alone.
-    batch_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), step))
-    batch = jax.random.choice(batch_key, images, (128,), replace=False)
-    _, grads, sampled_grads = value_and_grads(params, batch, batch, sample_key)
-    updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
-    return optax.apply_updates(params, updates), opt_state, step + 1
-
-
-target = jax.eval_shape(initial, nnx.as_pure(params))  # The types, shapes and dtypes of what a checkpoint holds.
-run = {jax.tree_util.keystr(path): str(x.shape) for path, x in jax.tree.leaves_with_path(target[0])}
-run["seed"] = str(args.seed)
-keep = ocp.checkpoint_managers.LatestN(2)
-options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
-handlers = ocp.handlers.create_default_handler_registry(default=ocp.StandardCheckpointHandler())
-with ocp.CheckpointManager(args.directory.resolve(), options=options, handler_registry=handlers) as manager:
-    start = manager.latest_step() or 0  # Of the complete ones: what a killed run left half written is not listed.
-    saved = manager.metadata(start).custom_metadata if start else run
-    refuse_another_run(args.directory, saved, run)
-    state = manager.restore(start, args=ocp.args.StandardRestore(target)) if start else initial(nnx.as_pure(params))
-    for step in track(range(start, args.steps), "train"):
-        state = train_step(*state)
-        if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            manager.save(step + 1, args=ocp.args.StandardSave(state), custom_metadata=run)
-digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_get(state[:2])))).hexdigest()
-print(f"step {state[2]}, loss {predictive.loss(forward(state[0], images), images):.4f}, SHA-256 {digest}")
+typer.run(main)

@@ -1,119 +1,110 @@
-"""TNT on a mesh of devices, of one process or of several: data parallel along `data`, and parameters, momentum and
-factors divided along both axes.
+"""TNT on a mesh of devices, of one process or of several, with checkpoints from which any other mesh can go on.
 
-One process, eight virtual CPU devices:
+One process with eight virtual CPU devices; two with four each, here on one machine (the other with `--process 1`):
 
     python examples/distributed.py --virtual-devices 8 --mesh 4 2
-
-Two processes, here on one machine (the second likewise, with `--process 1`):
-
     python examples/distributed.py --virtual-devices 4 --mesh 4 2 --coordinator localhost:9876 --processes 2 --process 0
-
-Started again with the same directory, it goes on at the last checkpoint, also on another mesh and with another number
-of processes.
 """
 
-import argparse
 import hashlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from common import data
-from common.problems import autoencoder_problem
-from common.training import refuse_another_run
+import typer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from rich.progress import Progress
+from sklearn.datasets import load_digits
 
 import tnt_optax
 
 AXES = ("data", "model")
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--mesh", type=int, nargs=2, default=(1, 1), help="devices along `data` and along `model`")
-parser.add_argument("--virtual-devices", type=int, help="CPU devices of each process; without it, those that there are")
-parser.add_argument("--coordinator", help="host:port of process 0; without it, there is one process")
-parser.add_argument("--processes", type=int, default=1, help="how many there are")
-parser.add_argument("--process", type=int, default=0, help="which of them this is")
-parser.add_argument("--steps", type=int, default=100, help="how many in all, those of earlier runs included")
-parser.add_argument("--every", type=int, default=20, help="steps between checkpoints; there is one at the end, too")
-parser.add_argument("--batch-size", type=int, default=128, help="images a step, of all processes together")
-parser.add_argument("--widths", type=int, nargs="+", default=[128, 64, 32, 8], help="of the encoder's layers")
-parser.add_argument("--directory", type=Path, default=Path("results/distributed"), help="where the checkpoints are")
-args = parser.parse_args()
 
-if args.virtual_devices:
-    jax.config.update("jax_num_cpu_devices", args.virtual_devices)
-if args.coordinator:
-    # A process whose peer is gone ends with an error after the heartbeat's time, instead of waiting for ever.
-    jax.distributed.initialize(args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=10)
-if args.batch_size % args.mesh[0]:
-    parser.error(f"--batch-size {args.batch_size} is no multiple of the {args.mesh[0]} devices along `data`.")
-if np.prod(args.mesh) != jax.device_count():
-    parser.error(f"--mesh {args.mesh[0]} {args.mesh[1]} needs {np.prod(args.mesh)} devices, got {jax.device_count()}.")
-# Auto: the compiler divides the work after the arrays. (With Explicit axes the model would have to say how.)
-jax.set_mesh(jax.make_mesh(args.mesh, AXES, axis_types=(AxisType.Auto, AxisType.Auto)))
-
-images = data.digits()
-problem = autoencoder_problem(images, args.widths, args.batch_size, seed=0)
-value_and_grads = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive)
-# The devices along both axes divide the inverses among them.
-tx = tnt_optax.tnt(0.03, damping=0.1, trust_radius=0.1, statistics_period=2, inverse_period=10, inverse_axis=AXES)
+def initial_params(width):
+    normal = np.random.default_rng(0).normal
+    params = {"w1": normal(0, 0.1, (64, width)), "w2": normal(0, 0.1, (width, 10)), "b1": np.zeros(width)}
+    return jax.tree.map(np.float32, params)
 
 
-def on_mesh(x: jax.Array) -> jax.Array:
+def forward(params, images):
+    return jax.nn.relu(images @ params["w1"] + params["b1"]) @ params["w2"]  # The logits of the classes.
+
+
+def on_mesh(x, devices):
     """A matrix divided over `data` and `model`, a vector over `model`, as far as their lengths allow that."""
-    mesh = jax.sharding.get_mesh()
     axes = zip(AXES[-x.ndim :], x.shape, strict=True)
-    spec = PartitionSpec(*(name if length % mesh.shape[name] == 0 else None for name, length in axes))
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), np.asarray(x).__getitem__)
+    spec = PartitionSpec(*(name if length % devices.shape[name] == 0 else None for name, length in axes))
+    return jax.make_array_from_callback(x.shape, NamedSharding(devices, spec), x.__getitem__)
 
 
-params = jax.tree.map(on_mesh, problem.params)
-state = (params, tx.init(params))  # The state of the optimizer is sharded as the parameters are.
-shardings = jax.tree.map(lambda x: x.sharding, state)  # The step keeps these shardings.
+def main(
+    mesh: tuple[int, int] = (1, 1),
+    virtual_devices: int | None = None,
+    coordinator: str | None = None,
+    processes: int = 1,
+    process: int = 0,
+    steps: int = 100,
+    every: int = 20,
+    batch_size: int = 128,
+    width: int = 32,
+    directory: Path = Path("results/distributed"),
+) -> None:
+    """Trains on a MESH of devices along `data` and `model` until STEPS steps are done, those of earlier runs included.
+
+    VIRTUAL_DEVICES are CPU devices of each process; COORDINATOR is the host:port of process 0 of all PROCESSES.
+    """
+    if virtual_devices:
+        jax.config.update("jax_num_cpu_devices", virtual_devices)
+    if coordinator:
+        # A process whose peer is gone ends with an error after the heartbeat's time, instead of waiting for ever.
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=10)
+    if batch_size % mesh[0]:
+        raise SystemExit(f"--batch-size {batch_size} is no multiple of the {mesh[0]} devices along `data`.")
+    if np.prod(mesh) != jax.device_count():
+        raise SystemExit(f"--mesh {mesh[0]} {mesh[1]} needs {np.prod(mesh)} devices, got {jax.device_count()}.")
+    # Auto: the compiler divides the work after the arrays. (With Explicit axes the model would have to say how.)
+    devices = jax.make_mesh(mesh, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    jax.set_mesh(devices)
+
+    images, labels = load_digits(return_X_y=True)
+    images, labels = np.asarray(images / 16, "float32"), np.asarray(labels, "int32")
+    predictive = tnt_optax.Categorical()
+    value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive)
+    tx = tnt_optax.adaptive_tnt(inverse_axis=AXES)  # The devices along both axes divide the inverses among them.
+    params = jax.tree.map(lambda x: on_mesh(x, devices), initial_params(width))
+    state = (params, tx.init(params))  # The optimizer's state is sharded as the parameters are.
+
+    def train_step(state, images, labels, key):
+        _, grads, sampled_grads = value_and_grads(state[0], images, labels, key)
+        updates, opt_state = tx.update(grads, state[1], state[0], sampled_grads=sampled_grads)
+        return optax.apply_updates(state[0], updates), opt_state
+
+    # The step keeps the shardings.
+    train_step = jax.jit(train_step, donate_argnames="state", out_shardings=jax.tree.map(lambda x: x.sharding, state))
+
+    def load(x, chosen):  # A batch is divided over `data`: every process loads the part that its own devices hold.
+        sharding = NamedSharding(devices, PartitionSpec("data"))
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, lambda index: x[chosen][index])
+
+    run = {"width": width, "batch_size": batch_size}  # What the runs of a directory have in common, on whatever mesh.
+    options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=2)
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handler) as manager:
+        if start := manager.latest_step() or 0:
+            if (saved := manager.metadata(start).custom_metadata) != run:
+                raise SystemExit(f"{directory} is of another run: {saved} there, and {run} here.")
+            state = manager.restore(start, args=ocp.args.StandardRestore(state))  # On the mesh of today.
+        for step in range(start + 1, steps + 1):
+            chosen = np.random.default_rng(step).choice(len(images), batch_size, replace=False)
+            state = train_step(state, load(images, chosen), load(labels, chosen), jax.random.key(step))
+            manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=run, force=step == steps)
+
+    state = jax.device_get(jax.jit(lambda x: x, out_shardings=NamedSharding(devices, PartitionSpec()))(state))
+    digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(state))).hexdigest()
+    loss = jax.jit(predictive.loss)(jax.jit(forward)(state[0], images), labels)
+    print(f"process {process}: step {max(start, steps)}, loss {loss:.4f}, SHA-256 {digest}")
 
 
-def train_step(state, batch, key):
-    params, opt_state = state
-    loss, grads, sampled_grads = value_and_grads(params, batch, batch, key)
-    updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
-    return (optax.apply_updates(params, updates), opt_state), loss
-
-
-train_step = jax.jit(train_step, donate_argnames="state", out_shardings=(shardings, None))
-
-
-def my_part_of_batch(step: int) -> jax.Array:
-    """Every process loads what its own devices hold; together that is one array, divided over `data`."""
-    chosen = np.random.default_rng(step).choice(len(images.train), args.batch_size, replace=False)
-    sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data"))
-
-    def load(index):  # Processes whose devices stand side by side along `model` load the same.
-        return images.train[chosen[index[0]]]
-
-    return jax.make_array_from_callback((args.batch_size, *images.train.shape[1:]), sharding, load)
-
-
-# What a checkpoint is of: a model, and the modes of its parameters.
-run = {jax.tree_util.keystr(path): str(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state)}
-keep = ocp.CheckpointManagerOptions(preservation_policy=ocp.checkpoint_managers.LatestN(2))
-handlers = ocp.handlers.create_default_handler_registry(default=ocp.StandardCheckpointHandler())
-with ocp.CheckpointManager(args.directory.resolve(), options=keep, handler_registry=handlers) as manager:
-    start = manager.latest_step() or 0
-    if start:
-        refuse_another_run(args.directory, manager.metadata(start).custom_metadata or {}, run)
-        state = manager.restore(start, args=ocp.args.StandardRestore(state))  # On the mesh of today.
-    loss = jnp.nan
-    with Progress(disable=args.process > 0) as progress:
-        for step in progress.track(range(start, args.steps), description=f"{args.mesh[0]} x {args.mesh[1]} devices"):
-            state, loss = train_step(state, my_part_of_batch(step), jax.random.key(step))
-            if (step + 1) % args.every == 0 or step + 1 == args.steps:
-                manager.save(step + 1, args=ocp.args.StandardSave(state), custom_metadata=run)
-
-everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(state)
-digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_get(everywhere)))).hexdigest()
-print(f"process {args.process}: {args.steps} steps, loss of the last batch {float(loss):.4f}, SHA-256 {digest}")
+typer.run(main)
