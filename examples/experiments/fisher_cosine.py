@@ -1,0 +1,150 @@
+"""How close each method's direction is to that of the Fisher matrix itself (the paper's Figure 1).
+
+Block Fisher trains a tanh classifier: for each layer with the whole Fisher matrix of its weights and bias, of one
+sampled label for each example. Along its trajectory all others are given the same gradients, and the cosine between
+their direction and its own is recorded for each layer. All averages have the decay 0.9; inverses are of every step.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import typer
+from common.data import labelled
+from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import solve
+
+import tnt_optax
+from experiments import baselines, report
+
+DECAY = 0.9
+HIDDEN = (20, 20, 20, 20)  # The widths of the hidden layers.
+CATEGORICAL = tnt_optax.Categorical()
+
+
+def forward(params: Sequence[Any], x: jax.Array, tap: Callable[..., jax.Array] = lambda x, y: y) -> jax.Array:
+    """Logits; `tap` is what KFAC needs."""
+    for index, layer in enumerate(params):
+        x = jnp.tanh(x) if index else x
+        x = tap(x, x @ layer["kernel"] + layer["bias"])
+    return x
+
+
+def initial_parameters(widths: Sequence[int], key: jax.Array) -> list[dict[str, jax.Array]]:
+    """Weights of variance 1 / fan_in, and no bias."""
+    pairs = zip(jax.random.split(key, len(widths) - 1), itertools.pairwise(widths), strict=True)
+    kernels = [jax.random.normal(k, shape) / np.sqrt(shape[0]) for k, shape in pairs]
+    return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
+
+
+def methods(damping: float) -> dict[str, Any]:
+    """What is compared. `damping` is that of a layer's whole matrix: the factors of TNT and KFAC have its root."""
+    averages: Any = {"statistics_decay": DECAY, "momentum": DECAY, "statistics_period": 1, "inverse_period": 1}
+    tnt = functools.partial(tnt_optax.scale_by_tnt, damping=damping**0.5, **averages)
+    return {
+        "TNT": tnt(),
+        "TNT-EF": tnt(fisher="empirical"),
+        "KFAC": baselines.kfac(-1.0, damping=damping, **averages),
+        "Shampoo": baselines.shampoo(-1.0, damping=damping, **averages),
+        "Adam": optax.with_extra_args_support(optax.scale_by_adam(b1=DECAY, b2=DECAY)),
+        "SGD-m": optax.with_extra_args_support(optax.trace(DECAY)),
+    }
+
+
+def block_fisher(params: Any, inputs: jax.Array, labels: jax.Array) -> list[jax.Array]:
+    """For each layer the mean over the examples of v v^T, v being the gradient of the example's loss for its label."""
+    gradient = jax.grad(lambda params, x, label: CATEGORICAL.loss(forward(params, x[None]), label[None]))
+    gradients = jax.vmap(gradient, in_axes=(None, 0, 0))(params, inputs, labels)
+    vectors = [jax.vmap(lambda layer: ravel_pytree(layer)[0])(layer) for layer in gradients]
+    return [v.T @ v / len(inputs) for v in vectors]
+
+
+def block_direction(fisher: jax.Array, momentum: Any, damping: float) -> Any:
+    """(F + damping I)^-1 m of a layer."""
+    vector, as_layer = ravel_pytree(momentum)
+    return as_layer(solve(fisher + damping * jnp.eye(len(fisher)), vector, assume_a="pos"))
+
+
+def cosine(x: Any, y: Any) -> jax.Array:
+    """Between two layers."""
+    x, y = ravel_pytree(x)[0], ravel_pytree(y)[0]
+    return jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))
+
+
+def compare(images, widths, *, batch_size=1000, steps=200, learning_rate=0.1, damping=0.01, seed=0) -> Any:
+    """The cosines of each method, of shape (steps, layers), and the losses along the trajectory."""
+    line_up = methods(damping)
+
+    @jax.jit
+    def step(params: Any, fishers: Any, momentum: Any, states: Any, t: jax.Array, batch: Any, key: jax.Array) -> Any:
+        inputs, labels = batch
+        loss, grads, sampled_grads = tnt_optax.value_and_sampled_grad(forward, CATEGORICAL)(params, inputs, labels, key)
+        factors = baselines.value_and_layer_factors(forward, CATEGORICAL)(params, inputs, labels, key)[2]
+        weight = jnp.maximum(1 - DECAY, 1 / (t + 1))
+        new = block_fisher(params, inputs, CATEGORICAL.sample(key, forward(params, inputs)))  # Labels as TNT's.
+        fishers = [(1 - weight) * f + weight * n for f, n in zip(fishers, new, strict=True)]
+        momentum = jax.tree.map(lambda m, g: DECAY * m + (1 - DECAY) * g, momentum, grads)
+        directions = [block_direction(f, m, damping) for f, m in zip(fishers, momentum, strict=True)]
+        shown, cosines = {"TNT": sampled_grads, "KFAC": factors}, {}
+        for name, tx in line_up.items():
+            updates, states[name] = tx.update(grads, states[name], params, sampled_grads=shown.get(name))
+            cosines[name] = jnp.stack([cosine(u, d) for u, d in zip(updates, directions, strict=True)])
+        params = jax.tree.map(lambda w, d: w - learning_rate * d, params, directions)
+        return (params, fishers, momentum, states), loss, cosines
+
+    start, key = jax.random.split(jax.random.key(seed))
+    params = initial_parameters(widths, start)
+    fishers = [jnp.zeros((size, size)) for size in (ravel_pytree(layer)[0].size for layer in params)]
+    states = {name: tx.init(params) for name, tx in line_up.items()}
+    state = params, fishers, jax.tree.map(jnp.zeros_like, params), states
+    rng, history = np.random.default_rng(seed), []
+    for t in range(steps):
+        chosen = rng.choice(len(images[0]), batch_size, replace=False)
+        batch = jnp.asarray(images[0][chosen]), jnp.asarray(images[1][chosen])
+        state, *results = step(*state, jnp.int32(t), batch, jax.random.fold_in(key, t))
+        history.append(jax.device_get(results))
+    return {name: np.array([now[name] for _, now in history]) for name in line_up}, [float(loss) for loss, _ in history]
+
+
+def main(
+    dataset: Literal["digits", "mnist"] = "digits",
+    data_dir: Path | None = None,
+    batch_size: int = 1000,
+    steps: int = 200,
+    learning_rate: float = 0.1,
+    damping: float = 0.01,
+    seed: int = 0,
+    out: Path = Path("results"),
+) -> None:
+    """Trains on the digits of scikit-learn, or on MNIST that tensorflow_datasets has prepared in DATA_DIR, reduced to
+    16x16 pixels; writes the cosines to OUT."""
+    options = {name: value for name, value in locals().items() if name not in ("dataset", "data_dir", "out")}
+    images = labelled(dataset, data_dir)
+    widths = [images[0].shape[1], *HIDDEN, 10]
+    cosines, losses = compare(images, widths, **options)
+    layers = [f"{n}-{m}" for n, m in itertools.pairwise(widths)]
+    rows = [[name, *(f"{value:.2f}" for value in values.mean(axis=0))] for name, values in cosines.items()]
+    print(report.markdown_table(["direction of", *layers], rows))
+    print(f"Means of {steps} steps, in which block Fisher's loss went from {losses[0]:.3f} to {losses[-1]:.3f}.")
+    content = {"arguments": {"dataset": dataset, **options}, "machine": report.machine(), "widths": widths}
+    content |= {"losses": losses, "cosines": {k: v.astype(float).round(4).tolist() for k, v in cosines.items()}}
+    report.write_json(out / f"fisher_cosine_{dataset}.json", content)
+    figure, axes = plt.subplots(1, len(layers), figsize=(13, 3.2), sharey=True, layout="constrained")
+    for index, (layer, axis) in enumerate(zip(layers, axes, strict=True)):
+        axis.plot(np.stack([*cosines.values()], axis=-1)[:, index], linewidth=1, label=[*cosines])
+        axis.set(title=layer, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="cosine with block Fisher", ylim=(0, 1))
+    axes[-1].legend(loc="lower right", fontsize="small")
+    figure.savefig(out / f"fisher_cosine_{dataset}.png", dpi=120)
+
+
+if __name__ == "__main__":
+    typer.run(main)
