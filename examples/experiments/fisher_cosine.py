@@ -17,12 +17,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import typer
-from common.data import labelled
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve
 
 import tnt_optax
 from experiments import baselines, report
+from experiments.data import labelled
 
 DECAY = 0.9
 HIDDEN = (20, 20, 20, 20)  # The widths of the hidden layers.
