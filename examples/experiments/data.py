@@ -164,7 +164,7 @@ def pack_cifar10(data_dir: Path | None, path: Path) -> None:
 # quantized cosine transform. JPEG's own tables of quanta, halved.
 YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
 QUANTA = [
-    (np.array(table.split(), float).reshape(8, 8) + 1) // 2
+    (np.array([int(x) for x in table.split()], np.float32).reshape(8, 8) + 1) // 2
     for table in (
         "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
         "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99",
@@ -175,7 +175,7 @@ QUANTA = [
 
 def encode(images: np.ndarray) -> list[np.ndarray]:
     """Quantized coefficients of Y, Cb and Cr: int8, (8, 8, examples, blocks, blocks)."""
-    pixels = (images.astype(np.float32) @ YCBCR.T.astype(np.float32)) - np.float32([128, 0, 0])
+    pixels = (images.astype(np.float32) @ YCBCR.T.astype(np.float32)) - np.array([128, 0, 0], np.float32)
     half = pixels.reshape(len(pixels), 16, 2, 16, 2, 3).mean((2, 4))
     channels = zip((pixels[..., 0], half[..., 1], half[..., 2]), (0, 1, 1), strict=True)
     return [_quantized(channel, QUANTA[table]) for channel, table in channels]
@@ -183,7 +183,8 @@ def encode(images: np.ndarray) -> list[np.ndarray]:
 
 def _quantized(channel: np.ndarray, quanta: np.ndarray) -> np.ndarray:
     blocks = channel.reshape(len(channel), -1, 8, channel.shape[2] // 8, 8).transpose(2, 4, 0, 1, 3)
-    coefficients = np.rint(fft.dctn(blocks, axes=(0, 1), norm="ortho") / quanta[:, :, None, None, None])
+    transformed: Any = fft.dctn(blocks, axes=(0, 1), norm="ortho")
+    coefficients = np.rint(transformed / quanta[:, :, None, None, None])
     return np.clip(coefficients, -128, 127).astype(np.int8)
 
 
@@ -191,11 +192,12 @@ def decode(coefficients: Iterable[np.ndarray]) -> np.ndarray:
     """The images as bytes; `encode` and `decode` change a pixel of a JPEG by about one of 256 levels."""
     channels = []
     for quantized, table in zip(coefficients, (0, 1, 1), strict=True):
-        scaled = quantized * QUANTA[table][:, :, None, None, None].astype(np.float32)
-        blocks = fft.idctn(scaled, axes=(0, 1), norm="ortho").transpose(2, 3, 0, 4, 1)
+        scaled = quantized * QUANTA[table][:, :, None, None, None]
+        blocks: Any = fft.idctn(scaled, axes=(0, 1), norm="ortho")
+        blocks = blocks.transpose(2, 3, 0, 4, 1)
         channel = blocks.reshape(len(blocks), 8 * blocks.shape[1], -1)
         channels.append(channel.repeat(32 // channel.shape[1], axis=1).repeat(32 // channel.shape[2], axis=2))
-    pixels = np.stack(channels, axis=-1) + np.float32([128, 0, 0])
+    pixels = np.stack(channels, axis=-1) + np.array([128, 0, 0], np.float32)
     return np.clip(np.rint(pixels @ np.linalg.inv(YCBCR).T.astype(np.float32)), 0, 255).astype(np.uint8)
 
 

@@ -131,10 +131,12 @@ def main(
     cosines, losses = compare(images, widths, **options)
     layers = [f"{n}-{m}" for n, m in itertools.pairwise(widths)]
     rows = [[name, *(f"{value:.2f}" for value in values.mean(axis=0))] for name, values in cosines.items()]
-    print(report.markdown_table(["direction of", *layers], rows))
+    table = report.markdown_table(["direction of", *layers], rows)
+    print(table)
     print(f"Means of {steps} steps, in which block Fisher's loss went from {losses[0]:.3f} to {losses[-1]:.3f}.")
     content = {"arguments": {"dataset": dataset, **options}, "machine": report.machine(), "widths": widths}
     content |= {"losses": losses, "cosines": {k: v.astype(float).round(4).tolist() for k, v in cosines.items()}}
+    content["tables"] = {f"fisher_cosine_{dataset}": table}
     report.write_json(out / f"fisher_cosine_{dataset}.json", content)
     figure, axes = plt.subplots(1, len(layers), figsize=(13, 3.2), sharey=True, layout="constrained")
     for index, (layer, axis) in enumerate(zip(layers, axes, strict=True)):
