@@ -12,8 +12,7 @@ import pytest
 
 pytest.importorskip("typer", reason="the examples need the extra `examples`")
 
-from experiments import __main__ as command_line
-from experiments import data, report, runner, workloads
+from experiments import command_line, data, report, runner, workloads
 from experiments.models import conv3x3
 from experiments.optimizers import OPTIMIZERS, Optimizer
 from typer.testing import CliRunner

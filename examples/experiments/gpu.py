@@ -1,13 +1,16 @@
-"""What a GPU is for: the cost of a step, CIFAR-10, and a transformer in bfloat16, in pieces of under ten minutes.
+"""What a GPU is for: the cost of a step, CIFAR-10, and a transformer in bfloat16, in pieces that resume.
 
-Needs JAX, Flax, Optax and `cifar10.npz` (see `pack_cifar10`), and neither TFDS, Matplotlib nor an installation:
-`PYTHONPATH=.. python -m experiments gpu --out DIR --data-dir FOLDER_OF_CIFAR10_NPZ`, inside `examples/`. Started
-again, it resumes.
+Needs JAX, Flax, Optax and the file of `python -m experiments pack-cifar10`; neither TFDS, Matplotlib, a command-line
+library nor an installation: `PYTHONPATH=.. python -m experiments gpu --out DIR --data-dir DIR`, inside `examples/`.
 """
 
+import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import benchmarks.step
 
 from experiments import runner
 
@@ -18,50 +21,52 @@ LANGUAGE = ("adaptive_tnt", "adamw", "muon")
 def run(
     out: Path,
     data_dir: Path | None = None,
-    minutes: float = 9.0,
+    minutes: float = 8.0,
     epochs: int = 40,
     steps: int = 1500,
     tiny: bool = False,
-) -> None:
-    """Runs the pieces that are not done, for so many minutes; the same command resumes.
+) -> bool:
+    """Runs what is not done yet; returns whether all is done.
 
     Args:
       out: folder of the results.
       data_dir: folder of `cifar10.npz`.
-      minutes: no piece and no epoch begins after so many.
+      minutes: no other piece and no other epoch begins after so many; the same command resumes.
       epochs: of CIFAR-10.
-      steps: of the transformer.
-      tiny: models so small that a CPU runs everything in a minute, for a test.
+      steps: of the transformer, a multiple of 50.
+      tiny: models so small that a CPU runs everything in minutes, for a test.
     """
-    from benchmarks import step
-
     deadline = time.monotonic() + 60 * minutes
     shapes: dict[str, Any] = {"width": 512, "layers": 6, "heads": 8, "length": 256, "batch": 32, "dtype": "bfloat16"}
     images: dict[str, Any] = {"blocks": 5, "examples": 50_000}
     if tiny:
         shapes |= {"width": 16, "layers": 2, "heads": 2, "length": 16, "batch": 4}
-        images = {"blocks": 1, "channels": 2, "examples": 256}
-        epochs, steps = 1, 50
-    images["data_dir"] = data_dir
-    for model in step.MODELS:
-        if not (path := out / f"step_{model}.json").exists() and time.monotonic() < deadline:
-            step.measure([model], path, width=shapes["width"], dtype=shapes["dtype"], tiny=tiny)
-    try:
-        for name in CIFAR10:
-            budget = runner.Budget(epochs, falling=True)
-            runner.run("cifar10", name, out, budget=budget, options=images, deadline=deadline)
-        for name in LANGUAGE:
-            budget = runner.Budget(steps // 50, falling=True)
-            runner.run(
-                "transformer",
-                name,
-                out,
-                budget=budget,
-                tuning_epochs=min(2, steps // 50),
-                options=shapes,
-                deadline=deadline,
-            )
-    except runner.DeadlineError:
-        print("Not done yet: run the same command again.")
-        return
-    print(f"All done: {out}.")
+        images, epochs, steps = {"blocks": 1, "channels": 2, "examples": 128}, 1, 50
+    pieces = [("cifar10", name, epochs, {**images, "data_dir": data_dir}) for name in CIFAR10]
+    pieces += [("transformer", name, steps // 50, shapes) for name in LANGUAGE]
+    for model in benchmarks.step.MODELS:
+        path = out / f"step_{model}.json"
+        if not path.exists():
+            if time.monotonic() > deadline:
+                return False
+            options = {"width": shapes["width"], "dtype": shapes["dtype"], "tiny": tiny, "steps": 20 if tiny else 100}
+            benchmarks.step.measure([model], path, **options)
+    for workload, name, length, options in pieces:
+        budget, tuning = runner.Budget(length, falling=True), min(2, length)
+        try:
+            runner.run(workload, name, out, budget=budget, tuning_epochs=tuning, options=options, deadline=deadline)
+        except runner.DeadlineError:
+            return False
+    return True
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments gpu", description=run.__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--tiny", action="store_true")
+    done = run(**vars(parser.parse_args(arguments)))
+    print("All is done." if done else "Not all is done: run the same command again.")

@@ -1,0 +1,124 @@
+"""Trains workloads with optimizers, and makes tables and pictures of the results. (`gpu --help`: what a GPU runs.)"""
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich
+import typer
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments import data, report, runner
+from experiments.optimizers import OPTIMIZERS
+from experiments.workloads import WORKLOADS
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+Out = Annotated[Path, typer.Option(help="folder for the results")]
+
+
+@app.command("list")
+def list_all() -> None:
+    """Shows the workloads with their options, and the optimizers with their grids."""
+    rows = []
+    for name, workload in WORKLOADS.items():
+        options = list(inspect.signature(workload.make).parameters.values())[1:]
+        rows.append([name, workload.about, " ".join(f"{p.name}={p.default}" for p in options)])
+    rich.print(Markdown(report.markdown_table(["workload", "about", "options"], rows)))
+    grids = [[name, ", ".join(f"{x:g}" for x in o.grid) or "nothing to tune"] for name, o in OPTIMIZERS.items()]
+    rich.print(Markdown(report.markdown_table(["optimizer", "learning rates"], grids)))
+
+
+@app.command()
+def run(
+    workload: Annotated[str, typer.Argument(help="one that `list` shows")],
+    optimizers: Annotated[list[str], typer.Option("--optimizers", "-o", help="may be given many times, or a,b,c")],
+    seeds: Annotated[int, typer.Option(help="number of seeds, from 0")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="of each training (default: the workload's)")] = None,
+    steps: Annotated[int | None, typer.Option(help="in place of --epochs, where an epoch is a number of steps")] = None,
+    seconds: Annotated[float, typer.Option(help="no epoch begins after so many seconds of steps")] = math.inf,
+    tuning_epochs: Annotated[int | None, typer.Option(help="of each tuning run (default: the workload's)")] = None,
+    falling: Annotated[bool | None, typer.Option(help="whether learning rates fall (default: the workload's)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="in place of tuning")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the data, which is only read")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="a workload's option, as name=value")] = None,
+    out: Out = Path("results"),
+) -> None:
+    """Tunes and trains a workload with optimizers. The same command resumes an interrupted run."""
+    names = [name for text in optimizers for name in text.split(",")]
+    runner.known([workload], WORKLOADS, "workload")
+    runner.known(names, OPTIMIZERS, "optimizer")
+    what = WORKLOADS[workload]
+    options = parsed(workload, option or [])
+    if "data_dir" in inspect.signature(what.make).parameters:
+        options["data_dir"] = data_dir
+    elif data_dir:
+        raise runner.UsageError(f"--data-dir: {workload} needs no data.")
+    if steps is not None:
+        if not what.epoch_steps or steps % what.epoch_steps:
+            raise runner.UsageError(f"--steps: expected a multiple of {what.epoch_steps} for {workload}, got {steps}.")
+        epochs = steps // what.epoch_steps
+    budget = runner.Budget(epochs or what.epochs, seconds, what.falling if falling is None else falling)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
+    with runner.exclusive(out), Progress(*columns, TimeRemainingColumn()) as progress:
+
+        def on_training(name: str, steps: int) -> Any:
+            task = progress.add_task(name, total=steps, status="")
+
+            def on_step(step: int, loss: float) -> None:
+                speed = progress.tasks[task].speed or math.nan
+                progress.update(task, completed=step, status=f"loss {loss:.4g}, {speed:.1f} steps/s")
+
+            return on_step
+
+        for name in names:
+            runner.run(
+                workload,
+                name,
+                out,
+                budget=budget,
+                tuning_epochs=tuning_epochs,
+                seeds=range(seeds),
+                learning_rate=learning_rate,
+                options=options,
+                on_training=on_training,
+            )
+    rich.print(Markdown(report.summary(report.results(out)[workload])))
+
+
+def parsed(workload: str, texts: list[str]) -> dict[str, Any]:
+    """The options of a workload, with the types of their defaults."""
+    parameters = inspect.signature(WORKLOADS[workload].make).parameters
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in list(parameters)[1:]:
+            has = ", ".join(list(parameters)[1:]) or "none"
+            raise runner.UsageError(f"--set {text}: {workload} has no option {name!r}. It has: {has}.")
+        options[name] = value if isinstance(parameters[name].default, str) else json.loads(value)
+    return options
+
+
+@app.command("report")
+def make_report(
+    folder: Annotated[Path, typer.Argument(help="of results")] = Path("results"),
+    pages: Annotated[list[Path] | None, typer.Option("--page", help="whose tables are replaced")] = None,
+) -> None:
+    """Draws a picture of each workload beside its results, and prints its table or puts it into pages."""
+    tables = report.tables(folder)
+    for name, of_workload in report.results(folder).items():
+        workload = WORKLOADS.get(name)
+        log = workload is None or workload.log
+        report.plot(folder / f"{name}.png", f"{name}: {workload.about}" if workload else name, of_workload, log)
+    for name, table in tables.items() if not pages else ():
+        rich.print(Markdown(f"**{name}**\n\n{table}"))
+    for page in pages or []:
+        page.write_text(report.filled(page, tables))
+
+
+@app.command()
+def pack_cifar10(path: Path, data_dir: Annotated[Path | None, typer.Option(help="of TFDS")] = None) -> None:
+    """Writes CIFAR-10 to one file of 19 MB, `cifar10.npz`, for machines without TFDS (`--data-dir` is its folder)."""
+    data.pack_cifar10(data_dir, path)
