@@ -37,7 +37,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(plain(content), indent=1) + "\n")
+    temporary.write_text(json.dumps(plain(content)) + "\n")
     temporary.replace(path)
 
 
