@@ -197,7 +197,7 @@ def test_every_workload_traces_with_the_optimizers(name, small_data):
     problem = what.make(0, **OPTIONS.get(name, {}))
     # KFAC is for dense layers whose inputs it can tap.
     names = {"adaptive_tnt", "muon", "tnt_published", "soap", "lbfgs" if problem.batch_size is None else "kfac"}
-    for optimizer in names - ({"kfac"} if name not in ("digits", "mnist", "mnist_small", "faces") else set()):
+    for optimizer in names - ({"kfac"} if name not in ("digits", "mnist", "faces") else set()):
         trainer = runner.Trainer(problem, OPTIMIZERS[optimizer], True, what.epoch_steps)
         tx = trainer.tx(highest=0.1, steps=10)
         carry = (problem.params, problem.state, tx.init(problem.params))

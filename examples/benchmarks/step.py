@@ -40,7 +40,7 @@ def make_problem(model: str, width: int, dtype: str, tiny: bool = False, plain: 
     predictive: Any = tnt_optax.Bernoulli() if model == "autoencoder" else tnt_optax.Categorical()
     if model == "autoencoder":  # The paper's for MNIST.
         pixels, widths = (16, (8, 4)) if tiny else (784, (1000, 500, 250, 30))
-        module: Any = Autoencoder(pixels, widths, plain=plain, rngs=rngs)
+        module: Any = Autoencoder(pixels, widths, rngs=rngs)
         inputs = jax.random.uniform(key, (1000, pixels))
     elif model == "resnet32":
         module = ResNet(*((1, 2) if tiny else (5, 16)), plain=plain, rngs=rngs)

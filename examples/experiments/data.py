@@ -24,68 +24,62 @@ class Labelled(NamedTuple):
     test: tuple[np.ndarray, np.ndarray]
 
 
-def every_fifth(number: int) -> np.ndarray:
-    """The mask of the test set where a dataset has none of its own."""
-    return np.arange(number) % 5 == 0
+def splits(x: np.ndarray) -> Split:
+    """Every fifth example is for testing, where a dataset has no test set of its own."""
+    test = np.arange(len(x)) % 5 == 0
+    return Split(x[~test], x[test])
 
 
-@functools.cache
-def digits() -> Split:
-    """The 1,797 handwritten 8x8 digits of scikit-learn, flattened, in [0, 1]."""
+def labelled_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The 1,797 handwritten 8x8 digits of scikit-learn, flattened, in [0, 1], and their labels (int32)."""
     from sklearn.datasets import load_digits
 
-    images = (load_digits(return_X_y=True)[0] / 16).astype(np.float32)
-    return Split(images[~every_fifth(len(images))], images[every_fifth(len(images))])
+    images, labels = load_digits(return_X_y=True)
+    return (images / 16).astype(np.float32), labels.astype(np.int32)
+
+
+def digits() -> Split:
+    return splits(labelled_digits()[0])
 
 
 def digit_images() -> Labelled:
-    """The same digits, each pixel repeated 4x4, in grey, with their labels."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    small = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
-    images, labels = np.tile(small.repeat(4, axis=1).repeat(4, axis=2), 3), labels.astype(np.int32)
-    test = every_fifth(len(images))
-    return Labelled((images[~test], labels[~test]), (images[test], labels[test]))
+    """The same digits in grey, each pixel repeated 4x4."""
+    pixels, labels = labelled_digits()
+    small = np.rint(pixels * 255).astype(np.uint8).reshape(-1, 8, 8, 1)
+    (train, test), labels = splits(np.tile(small.repeat(4, axis=1).repeat(4, axis=2), 3)), splits(labels)
+    return Labelled((train, labels.train), (test, labels.test))
 
 
-def _tfds(name: str, split: str, data_dir: Path | None) -> Any:
-    """The examples of a TFDS dataset, read without TensorFlow; without `data_dir` TFDS downloads what is missing."""
+def tfds(name: str, split: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels, read without TensorFlow; without `data_dir` TFDS downloads what is missing."""
     if data_dir is not None and not any(Path(data_dir).glob(f"{name}/*/*.array_record*")):
         raise FileNotFoundError(
             f"--data-dir {data_dir} holds no `{name}` that TFDS has prepared in its array_record format. Prepare it "
-            f"there with tfds.builder({name!r}, file_format='array_record'), or leave --data-dir out: TFDS then "
-            "downloads it."
+            f"there with tfds.builder({name!r}, file_format='array_record'), or leave --data-dir out to download it."
         )
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
-    source: Any = tfds.data_source(name, split=split, data_dir=data_dir, download=data_dir is None)
-    return source.__getitems__(range(len(source)))  # One call for all is three times as fast as one for each.
+    source: Any = tensorflow_datasets.data_source(name, split=split, data_dir=data_dir, download=data_dir is None)
+    examples = source.__getitems__(range(len(source)))  # One call for all is three times as fast as one for each.
+    return np.stack([x["image"] for x in examples]), np.array([x["label"] for x in examples], np.int32)
 
 
 @functools.cache
 def mnist(data_dir: Path | None = None) -> Split:
     """MNIST's 60,000 and 10,000 handwritten 28x28 digits, flattened, in [0, 1]."""
-
-    def images(split: str) -> np.ndarray:
-        pixels = np.stack([example["image"] for example in _tfds("mnist", split, data_dir)])
-        return pixels.reshape(len(pixels), -1).astype(np.float32) / 255
-
-    return Split(images("train"), images("test"))
+    images = (tfds("mnist", split, data_dir)[0] for split in ("train", "test"))
+    return Split(*(x.reshape(len(x), -1).astype(np.float32) / 255 for x in images))
 
 
 def labelled(dataset: str, data_dir: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The training images of "digits", or of "mnist" reduced to 16x16 pixels, flattened, with their labels (int32)."""
     if dataset == "digits":
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        return (images / 16).astype(np.float32), labels.astype(np.int32)
-    examples = _tfds("mnist", "train", data_dir)
-    images = np.stack([example["image"][..., 0] for example in examples]).astype(np.float32) / 255
+        return labelled_digits()
+    images, labels = tfds("mnist", "train", data_dir)
+    pixels = images[..., 0].astype(np.float32) / 255
     # Bilinear between the centres of the pixels.
-    small: Any = ndimage.zoom(images, (1, 16 / 28, 16 / 28), order=1, grid_mode=True, mode="nearest")
-    return small.reshape(len(small), -1), np.array([example["label"] for example in examples], np.int32)
+    small: Any = ndimage.zoom(pixels, (1, 16 / 28, 16 / 28), order=1, grid_mode=True, mode="nearest")
+    return small.reshape(len(small), -1), labels
 
 
 @functools.cache
@@ -141,13 +135,7 @@ def cifar10(data_dir: Path | None = None) -> Labelled:
                 for split in ("train", "test")
             )
         return Labelled(train, test)
-
-    def split(name: str) -> tuple[np.ndarray, np.ndarray]:
-        examples = _tfds("cifar10", name, data_dir)
-        images = np.stack([example["image"] for example in examples])
-        return images, np.array([example["label"] for example in examples], np.int32)
-
-    return Labelled(split("train"), split("test"))
+    return Labelled(*(tfds("cifar10", split, data_dir) for split in ("train", "test")))
 
 
 def pack_cifar10(data_dir: Path | None, path: Path) -> None:
@@ -230,13 +218,11 @@ def diabetes() -> tuple[Split, Split]:
     """Scikit-learn's 442 patients: ten standardized features, and the standardized progression of diabetes."""
     from sklearn.datasets import load_diabetes
 
-    features, target = map(np.asarray, load_diabetes(return_X_y=True))
-    test = every_fifth(len(features))
-
     def standardized(x: np.ndarray) -> Split:
-        x = ((x - x[~test].mean(axis=0)) / x[~test].std(axis=0)).astype(np.float32)
-        return Split(x[~test], x[test])
+        train = splits(x).train
+        return splits(((x - train.mean(axis=0)) / train.std(axis=0)).astype(np.float32))
 
+    features, target = map(np.asarray, load_diabetes(return_X_y=True))
     return standardized(features), standardized(target[:, None])
 
 
