@@ -1,75 +1,42 @@
-"""The program of the paper's Figure 1."""
+"""The experiment of the paper's Figure 1."""
 
-import functools
-import itertools
 import json
 
-import fisher_cosine
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_examples import program
+from scipy.special import softmax
 
-pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
-WIDTHS = (6, 5, 4, 3)
+fisher_cosine = pytest.importorskip("experiments.fisher_cosine", reason="the experiments need the extra `examples`")
 
 
-def problem(examples):
+def test_block_fisher_and_its_direction_against_numpy():
     rng = np.random.default_rng(0)
-    return rng.normal(size=(examples, 6)).astype(np.float32), rng.integers(0, 3, examples).astype(np.int32)
+    inputs, labels = rng.normal(size=(7, 6)).astype(np.float32), rng.integers(0, 3, 7).astype(np.int32)
+    params = fisher_cosine.initial_parameters((6, 5, 3), jax.random.key(1))
+    w1, w2 = (np.asarray(layer["kernel"], float) for layer in params)
+    hidden = np.tanh(inputs.astype(float) @ w1)
+    delta = softmax(hidden @ w2, axis=1) - np.eye(3)[labels]
+    layers = (inputs, delta @ w2.T * (1 - hidden**2)), (hidden, delta)
+    for (x, d), actual in zip(layers, jax.jit(fisher_cosine.block_fisher)(params, inputs, labels), strict=True):
+        vectors = np.concatenate([d, np.einsum("ni,nj->nij", x, d).reshape(7, -1)], axis=1)
+        expected = vectors.T @ vectors / 7
+        momentum = {"bias": rng.normal(size=d.shape[1]), "kernel": rng.normal(size=(x.shape[1], d.shape[1]))}
+        direction = fisher_cosine.block_direction(actual, momentum, 0.1)
+        solution = np.linalg.solve(expected + 0.1 * np.eye(len(expected)), np.append(*momentum.values()))
+        # Float32, condition number below 100.
+        np.testing.assert_allclose(np.append(*direction.values()), solution, rtol=1e-3, atol=1e-4)
 
 
-def test_block_fisher_against_numpy():
-    inputs, labels = problem(7)
-    params = fisher_cosine.initial_parameters(WIDTHS, jax.random.key(1))
-    model = functools.partial(fisher_cosine.forward, jnp.tanh)
-    ours = jax.jit(functools.partial(fisher_cosine.block_fisher, model))(params, inputs, labels)
-    weights = [np.asarray(layer["kernel"], np.float64) for layer in params]
-    expected = [np.zeros((m + n * m, m + n * m)) for n, m in itertools.pairwise(WIDTHS)]
-    for x, label in zip(inputs.astype(np.float64), labels, strict=True):
-        activations, hidden = [x], x
-        for index, w in enumerate(weights):
-            outputs = hidden @ w
-            hidden = np.tanh(outputs)
-            if index < 2:
-                activations.append(hidden)
-        probabilities = np.exp(outputs) / np.exp(outputs).sum()
-        delta = probabilities - np.eye(3)[label]
-        for index in (2, 1, 0):
-            vector = np.concatenate([delta, np.outer(activations[index], delta).ravel()])
-            expected[index] += np.outer(vector, vector) / len(inputs)
-            if index:
-                delta = (weights[index] @ delta) * (1 - activations[index] ** 2)
-    for mine, truth in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(mine, truth, rtol=1e-3, atol=1e-6)  # float32 products of a few layers
-
-
-@pytest.mark.slow
-def test_under_a_large_damping_all_directions_are_the_gradients():
+@pytest.mark.parametrize("damping", [0.01, 1e6])
+def test_program(tmp_path, monkeypatch, damping):
+    monkeypatch.setattr(fisher_cosine, "HIDDEN", (5,))
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
-        cosines, _ = fisher_cosine.compare(problem(600), widths=WIDTHS, batch_size=500, steps=4, damping=1e6)
-    # Adam knows no damping, and TNT gives that of a kernel to each of its two factors, so that a bias gets its root.
-    for name in ("KFAC", "Shampoo", "SGD-m"):
-        # Factors of size 1 beside a damping of at least 1e3.
-        np.testing.assert_allclose(cosines[name], 1, atol=1e-2, err_msg=name)
-    assert np.all(np.abs(cosines["TNT"]) < 0.9)
-
-
-@pytest.mark.parametrize(
-    ("hidden", "names"),
-    [
-        ((20,), ("TNT", "KFAC", "SGD-m")),
-        pytest.param(fisher_cosine.HIDDEN, tuple(fisher_cosine.methods(0.01)), marks=pytest.mark.slow),
-    ],
-    ids=["small", "whole"],
-)
-def test_program(tmp_path, monkeypatch, hidden, names):
-    monkeypatch.setattr(fisher_cosine, "HIDDEN", hidden)
-    methods = fisher_cosine.methods
-    monkeypatch.setattr(fisher_cosine, "methods", lambda damping: {name: methods(damping)[name] for name in names})
-    result = program("fisher_cosine", "--steps", 2, "--batch-size", 64, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    written = json.loads((tmp_path / "fisher_cosine_digits.json").read_text())
-    assert {name: len(values) for name, values in written["cosines"].items()} == dict.fromkeys(names, 2)
-    assert (tmp_path / "fisher_cosine_digits.png").read_bytes().startswith(b"\x89PNG")
+        fisher_cosine.main(batch_size=400, steps=3, damping=damping, out=tmp_path)
+    cosines = json.loads((tmp_path / "fisher_cosine_digits.json").read_text())["cosines"]
+    for name in ("TNT", "TNT-EF", "KFAC", "Shampoo", "Adam", "SGD-m"):
+        values = np.array(cosines[name]).reshape(3, 2)
+        assert np.all((values > 0) & (values <= 1)), name  # Of directions of descent.
+        # Without damping the directions differ; beside one of 1e3 or more the factors, of size 1, do not matter. But
+        # Adam knows no damping, and TNT's biases have the root of that of the kernels.
+        assert np.all(values > 0.99) == (damping > 1 and name in ("KFAC", "Shampoo", "SGD-m")), name

@@ -94,17 +94,18 @@ def value_and_layer_factors(forward: Callable[..., Any], predictive: tnt_optax.P
 
 
 def warm_start(tx: Any, opt_state: Any, params: Any, observations: Iterable[Any]) -> Any:
-    """Statistics become the mean of all observations (gradients for Shampoo, A and B for KFAC); then the inverses."""
+    """Statistics become the mean of all observations: gradients for Shampoo, A and B for KFAC.
 
-    @functools.partial(jax.jit, static_argnames="stage")
-    def advance(opt_state: Any, observation: Any, stage: str) -> Any:
-        _, new = tx.update(params, opt_state, params, sampled_grads=observation, warm_start=stage)
+    The first step, which always absorbs its own observation, then computes the inverses.
+    """
+
+    @jax.jit
+    def absorb(opt_state: Any, observation: Any) -> Any:
+        _, new = tx.update(params, opt_state, params, sampled_grads=observation, warm_start=True)
         # Whatever else counts steps has not seen one.
         return optax.tree.set(opt_state, KroneckerState=optax.tree.get(new, "KroneckerState"))
 
-    for observation in observations:
-        opt_state = advance(opt_state, observation, "absorb")
-    return advance(opt_state, params, "refresh")
+    return functools.reduce(absorb, observations, opt_state)
 
 
 def _by_kronecker(
@@ -119,7 +120,7 @@ def _by_kronecker(
         statistics, inverses = ([[jnp.zeros((d, d)) for d in shape] for shape in shapes] for _ in range(2))
         return KroneckerState(count, statistics_count, [jnp.zeros(shape) for shape in shapes], statistics, inverses)
 
-    def update(updates: Any, state: Any, params: Any = None, *, sampled_grads=None, warm_start="", **_: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, sampled_grads=None, warm_start=False, **_: Any) -> Any:
         t, n = state.count, state.statistics_count
         blocks, structure = jax.tree.flatten(updates, is_leaf=is_block)
 
@@ -130,21 +131,19 @@ def _by_kronecker(
                 new = [[_contraction(g, mode) for mode in range(g.ndim)] for g in map(_view, new)]
             return jax.tree.map(lambda c, x: (1 - weight) * c + weight * x, state.statistics, new)
 
-        def refresh(statistics: Any) -> Any:
+        def refresh() -> Any:
             return [[invert(c + damping * jnp.eye(len(c)), len(modes)) for c in modes] for modes in statistics]
 
-        if warm_start == "absorb":
+        if warm_start:
             return updates, state._replace(statistics_count=n + 1, statistics=absorb(1 / (n + 1)))
-        if warm_start == "refresh":
-            return updates, state._replace(inverses=refresh(state.statistics))
         absorb_now = t % statistics_period == 0
         refresh_now = (t % inverse_period == 0) | (absorb_now & (t < inverse_period))
         weight = jnp.maximum(1 - decay, 1 / (n + 1))
         statistics = lax.cond(absorb_now, lambda: absorb(weight), lambda: state.statistics)
-        inverses = lax.cond(refresh_now, lambda: refresh(statistics), lambda: state.inverses)
+        inverses = lax.cond(refresh_now, refresh, lambda: state.inverses)
         momentum = [mu * m + g for m, g in zip(state.momentum, map(_view, blocks), strict=True)]
         directions = [_mode_products(m, dict(enumerate(p))) for m, p in zip(momentum, inverses, strict=True)]
-        state = KroneckerState(t + 1, n + absorb_now, momentum, statistics, inverses)
+        state = KroneckerState(t + 1, jnp.where(absorb_now, n + 1, n), momentum, statistics, inverses)
         return structure.unflatten(map(_as_block, directions, blocks)), state
 
     return optax.chain(optax.GradientTransformationExtraArgs(init, update), optax.scale_by_learning_rate(learning_rate))
