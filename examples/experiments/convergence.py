@@ -147,11 +147,14 @@ def main(
     rows = measure(run, known, steps, seeds, batch_size)
     below = all(np.all(np.less(row["measured"], row["bound"])) for row in rows if row["multiple"] == 1)
     shown = [(i, n) for i, n in enumerate(rows[0]["N"]) if n == steps or math.log10(n) % 1 == 0]
-    table = [[f"{n:,}", *(f"{row['measured'][i]:.3g}" for row in rows)] for i, n in shown]
-    columns = ["N", *(f"beta {row['beta']:g}, steps x{row['multiple']}" for row in rows)]
-    print(report.markdown_table(columns, [*table, ["slope", *(f"{row['slope']:.2f}" for row in rows)]]))
+    cells = [[f"{n:,}", *(f"{row['measured'][i]:.3g} < {row['bound'][i]:.3g}" for row in rows)] for i, n in shown]
+    columns = ["N", *(f"β = {row['beta']:g}, steps × {row['multiple']}" for row in rows)]
+    slopes = ["slope", *(f"{row['slope']:.2f}, {row['beta'] - 1:.2f}" for row in rows)]
+    table = report.markdown_table(columns, [*cells, slopes])
+    print(table)
     print(f"With the theorem's steps the average is {'' if below else 'NOT '}below the bound for every N.")
     content = {"constants": {**known._asdict(), "step_size": known.step_size()}, "below_the_bound": below, "rows": rows}
+    content["tables"] = {"convergence": table}
     report.write_json(out / "convergence.json", {"arguments": arguments, "machine": report.machine(), **content})
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for index, row in enumerate(rows):
