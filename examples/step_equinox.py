@@ -15,9 +15,7 @@ tx = tnt_optax.adaptive_tnt()
 
 @eqx.filter_jit
 def train_step(model, opt_state, images, labels, key):
-    params, static = eqx.partition(
-        model, eqx.is_array
-    )  # The activation function, say, is static, and None in `params`.
+    params, static = eqx.partition(model, eqx.is_array)  # The activation function is static, and None in `params`.
 
     def forward(params, images):
         return jax.vmap(eqx.combine(params, static))(images)
