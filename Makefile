@@ -24,9 +24,9 @@ bench: $(VENV)/bench
 	$(EXAMPLES) benchmarks step $(ARGS)
 
 paper: $(VENV)/examples
-	$(EXAMPLES) experiments run digits -o adaptive_tnt,tnt_published,kfac,shampoo,adam,sgdm
-	$(EXAMPLES) experiments run digits_resnet -o adaptive_tnt,tnt,sgdm --epochs 5 --tuning-epochs 1
-	$(EXAMPLES) experiments report
+	$(EXAMPLES) experiments run digits -o adaptive_tnt,tnt_published,kfac,shampoo,adam,sgdm --out results/paper
+	$(EXAMPLES) experiments run digits_resnet -o adaptive_tnt,tnt,sgdm --epochs 5 --tuning-epochs 1 --out results/paper
+	$(EXAMPLES) experiments report results/paper
 	$(EXAMPLES) experiments.fisher_cosine
 	$(EXAMPLES) experiments.convergence
 	$(EXAMPLES) benchmarks complexity

@@ -107,7 +107,7 @@ def with_kfac_jax(problem: Problem) -> Any:
     """DeepMind's kfac-jax with its TNT blocks: statistics at every step, inverses every 20 steps."""
     kfac_jax: Any = importlib.import_module("kfac_jax")
     matcher: Any = importlib.import_module("kfac_jax._src.tag_graph_matcher")
-    # That of release 0.0.8 unpacks what JAX no longer returns.
+    # That of release 0.0.8 unpacks what JAX no longer returns, and nothing public replaces it.
     matcher.eval_jaxpr_eqn = lambda e, x: jax.tree.leaves(e.primitive.bind(*x, **e.primitive.get_bind_params(e.params)))
 
     def registered(params: Any, batch: Any) -> jax.Array:

@@ -16,7 +16,6 @@ from experiments.optimizers import OPTIMIZERS
 from experiments.workloads import WORKLOADS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-Out = Annotated[Path, typer.Option(help="folder for the results")]
 
 
 @app.command("list")
@@ -44,7 +43,7 @@ def run(
     learning_rate: Annotated[float | None, typer.Option(help="in place of tuning")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of the data, which is only read")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="a workload's option, as name=value")] = None,
-    out: Out = Path("results"),
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("results"),
 ) -> None:
     """Tunes and trains a workload with optimizers. The same command resumes an interrupted run."""
     names = [name for text in optimizers for name in text.split(",")]

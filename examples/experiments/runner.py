@@ -274,7 +274,8 @@ def run(
         "optimizer": how.settings,
         "learning_rate": learning_rate,
     }
-    settings = json.loads(json.dumps(settings).replace("Infinity", "null"))
+    settings["seconds"] = budget.seconds if math.isfinite(budget.seconds) else None
+    settings = json.loads(json.dumps(settings))
     path = out / workload / f"{optimizer}.json"
     result: dict[str, Any] = {"workload": workload, "optimizer": optimizer, "machine": machine(), "settings": settings}
     result |= {"tuning": [], "runs": []}
