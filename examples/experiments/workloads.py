@@ -310,7 +310,7 @@ def image(seed: int, size: int = 64, frequencies: int = 64) -> Problem:
 @workload("progression of diabetes in 442 patients, standardized", epochs=30, tuning_epochs=30)
 def diabetes(seed: int) -> Problem:
     features, target = data.diabetes()
-    train, test = (tuple(map(jnp.asarray, pair)) for pair in zip(features, target, strict=True))
+    train, test = ((jnp.asarray(x), jnp.asarray(y)) for x, y in zip(features, target, strict=True))
     r2 = {"r2": lambda _, y, t: 1 - jnp.mean(jnp.square(y - t)) / jnp.var(t)}
     layers, forward = dense_layers((10, 32, 32, 1), seed), stateless(functools.partial(dense, jnp.tanh))
     return Problem(layers, forward, lambda _: Normal(), train, test, 64, metrics=r2)
