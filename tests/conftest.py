@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Threads of OpenBLAS that wait for each other make LAPACK up to ten times as slow, where workers share the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Most of the tests' time is compilation, much of it of the same small programs: in the workers of pytest-xdist, in the
 # processes that tests start, and in the next run. Read by JAX when it is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))

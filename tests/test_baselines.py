@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from experiments.baselines import inverse_root, kfac, shampoo, soap, value_and_layer_factors, warm_start
+from experiments.baselines import inverse_root, kfac, shampoo, soap, value_and_layer_factors
 from reference import contraction, mode_product
 
 import tnt_optax
@@ -23,22 +23,20 @@ def view(x):
     return np.atleast_1d(x.reshape(-1, *x.shape[-2:]) if x.ndim > 3 else x).astype(float)
 
 
-def steps(tx, params, gradients, sampled=None, warm=0):
-    """The updates, after a warm start with the first few observations."""
-    sampled = sampled or gradients
-    state, update = warm_start(tx, tx.init(params), params, sampled[:warm]), jax.jit(tx.update, donate_argnums=1)
-    for grads, observed in [*zip(gradients, sampled, strict=True)][warm:]:
+def steps(tx, params, gradients, sampled=None):
+    state, update = tx.init(params), jax.jit(tx.update, donate_argnums=1)
+    for grads, observed in zip(gradients, sampled or gradients, strict=True):
         updates, state = update(grads, state, params, sampled_grads=observed, unknown=1)
         yield updates
 
 
 def dense_updates(gradients, observations, p, damping):
     """-P^(-1/p) m, where P is the dense Kronecker product of the damped averages of each mode's observations."""
-    averages, velocity = [(a + b) / 2 for a, b in zip(*observations[:2], strict=True)], 0  # The warm start.
-    for t, (g, observed) in enumerate(zip(gradients[2:], observations[2:], strict=True)):
-        weight = max(0.2, 1 / (t + 3))
+    averages, velocity = observations[0], 0
+    for t, (g, observed) in enumerate(zip(gradients, observations, strict=True)):
+        weight = max(0.2, 1 / (t + 1))
         averages = [(1 - weight) * a + weight * o for a, o in zip(averages, observed, strict=True)]
-        if t <= 3:  # At the first three steps and every third.
+        if t < 3 or t % 3 == 0:
             damped = [a + damping * np.eye(len(a)) for a in averages]
             values, vectors = np.linalg.eigh(functools.reduce(np.kron, damped))
         velocity = 0.5 * velocity + g
@@ -48,7 +46,7 @@ def dense_updates(gradients, observations, p, damping):
 def test_shampoo_against_dense_matrices():
     gradients, options = draws(1, 7), {"statistics_decay": 0.8, "momentum": 0.5, "inverse_period": 3}
     tx = optax.inject_hyperparams(lambda rate, damping: shampoo(rate, damping=damping, **options))(0.1, 0.1)  # Traced.
-    actual = [*steps(tx, gradients[0], gradients, warm=2)]
+    actual = [*steps(tx, gradients[0], gradients)]
     for name in SHAPES:
         views = [view(grads[name]) for grads in gradients]
         statistics = [[contraction(g, mode) for mode in range(g.ndim)] for g in views]
@@ -81,9 +79,9 @@ def test_kfac_against_dense_matrices():
         np.testing.assert_allclose(loss, np.sum(errors**2) / 10, rtol=1e-5)  # Float32.
         for layer, (a, back) in enumerate(((x, v[:-1].T), (hidden, np.eye(2)))):
             expected[layer].append((a.T @ errors @ back / 5, [a.T @ a / 5, (sampled @ back).T @ sampled @ back / 5]))
-    # The warm start is no step of the schedule. Float32, factors of condition numbers up to 100.
+    # Float32, factors of condition numbers up to 100.
     tx = kfac(lambda t: 1 / (1 + t), damping=0.04, statistics_decay=0.8, momentum=0.5, inverse_period=3)
-    for t, updates in enumerate(steps(tx, params, *zip(*shown, strict=True), warm=2)):
+    for t, updates in enumerate(steps(tx, params, *zip(*shown, strict=True))):
         for layer, pairs in zip(updates, expected, strict=True):
             u = [*dense_updates(*zip(*pairs, strict=True), 1, 0.2)][t] / (1 + t)
             np.testing.assert_allclose(np.append(layer["kernel"], [layer["bias"]], 0), u, atol=1e-4 * np.abs(u).max())

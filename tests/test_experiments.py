@@ -183,7 +183,7 @@ def small_data(monkeypatch):
     """In place of what needs files."""
     images = data.Split(RNG.uniform(size=(1000, 9)).astype("f"), RNG.uniform(size=(20, 9)).astype("f"))
     labelled = tuple((RNG.integers(256, size=(n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10) for n in (128, 10))
-    for name, value in {"mnist": images, "faces": images, "cifar10": data.Labelled(*labelled)}.items():
+    for name, value in {"mnist": images, "faces": images, "cifar10": data.Split(*labelled)}.items():
         monkeypatch.setattr(data, name, lambda data_dir, value=value: value)
 
 
@@ -195,9 +195,8 @@ def test_every_workload_traces_with_the_optimizers(name, small_data):
     """Types only: nothing is compiled."""
     what = workloads.WORKLOADS[name]
     problem = what.make(0, **OPTIONS.get(name, {}))
-    # KFAC is for dense layers whose inputs it can tap.
-    names = {"adaptive_tnt", "muon", "tnt_published", "soap", "lbfgs" if problem.batch_size is None else "kfac"}
-    for optimizer in names - ({"kfac"} if name not in ("digits", "mnist", "faces") else set()):
+    others = {"digits": {"kfac", "shampoo", "soap", "tnt_published", "tnt_part2"}, "poisson": {"lbfgs"}}
+    for optimizer in {"adaptive_tnt", "muon"} | others.get(name, set()):  # The first two depend on the views.
         trainer = runner.Trainer(problem, OPTIMIZERS[optimizer], True, what.epoch_steps)
         tx = trainer.tx(highest=0.1, steps=10)
         carry = (problem.params, problem.state, tx.init(problem.params))

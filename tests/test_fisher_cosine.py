@@ -13,7 +13,7 @@ fisher_cosine = pytest.importorskip("experiments.fisher_cosine", reason="the exp
 def test_block_fisher_and_its_direction_against_numpy():
     rng = np.random.default_rng(0)
     inputs, labels = rng.normal(size=(7, 6)).astype(np.float32), rng.integers(0, 3, 7).astype(np.int32)
-    params = fisher_cosine.initial_parameters((6, 5, 3), jax.random.key(1))
+    params = fisher_cosine.dense_layers((6, 5, 3), seed=1)
     w1, w2 = (np.asarray(layer["kernel"], float) for layer in params)
     hidden = np.tanh(inputs.astype(float) @ w1)
     delta = softmax(hidden @ w2, axis=1) - np.eye(3)[labels]

@@ -82,9 +82,10 @@ def sample_moments(sampled_gradient):
     return np.mean(means, axis=0), np.mean(seconds, axis=0), 200_000
 
 
-@pytest.mark.parametrize("scale", ["mean", "fisher"])
 @pytest.mark.parametrize(
-    "predictive", [Categorical(), Bernoulli(), Normal(0.5), Poisson()], ids=lambda p: type(p).__name__
+    ("predictive", "scale"),
+    [*((p, "fisher") for p in (Categorical(), Bernoulli(), Normal(0.5), Poisson())), (Categorical(), "mean")],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_covariance_of_sampled_gradients_converges_to_the_exact_fisher_matrix(predictive, scale):
     params, inputs = problem()
@@ -238,7 +239,7 @@ def test_the_covariance_of_a_joint_distribution_is_the_sum_of_the_fisher_matrice
     assert np.linalg.norm(mean) < 5 * math.sqrt(np.trace(fisher) / draws)
 
 
-@pytest.mark.parametrize("scale", ["mean", "fisher"])
+@pytest.mark.parametrize("scale", [pytest.param("mean", marks=pytest.mark.slow), "fisher"])
 def test_microbatches_of_a_joint_distribution_equal_one_batch(scale):
     """Parts of 8 and 4 examples, of which one has weights; in float64, because only the order of sums differs."""
     with jax.enable_x64(True):

@@ -1,12 +1,12 @@
 """Shampoo, KFAC and SOAP, plain: baselines for TNT.
 
-Shampoo (Gupta, Koren & Singer, 2018) and KFAC (Martens & Grosse, 2015; for dense layers) have the momentum, averages,
-periods and warm start of `tnt_optax.tnt`: the first averages are plain means, and during the first `inverse_period`
-steps new statistics give new inverses. SOAP (Vyas et al., 2024) is Adam in the eigenbases of Shampoo's statistics.
+Shampoo (Gupta, Koren & Singer, 2018) and KFAC (Martens & Grosse, 2015; for dense layers) have the momentum, averages
+and periods of `tnt_optax.tnt`: the first averages are plain means, and during the first `inverse_period` steps new
+statistics give new inverses. SOAP (Vyas et al., 2024) is Adam in the eigenbases of Shampoo's statistics.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,9 @@ _tensordot = functools.partial(jnp.tensordot, precision=lax.Precision.HIGHEST)
 
 
 class KroneckerState(NamedTuple):
-    """Counts, and for each block (a parameter or a layer) its momentum and, by mode, its statistics and inverses."""
+    """For each block (a parameter or a layer) its momentum and, by mode, its statistics and inverses."""
 
     count: jax.Array
-    statistics_count: jax.Array
     momentum: list[jax.Array]
     statistics: list[list[jax.Array]]
     inverses: list[list[jax.Array]]
@@ -93,21 +92,6 @@ def value_and_layer_factors(forward: Callable[..., Any], predictive: tnt_optax.P
     return value_and_grads
 
 
-def warm_start(tx: Any, opt_state: Any, params: Any, observations: Iterable[Any]) -> Any:
-    """Statistics become the mean of all observations: gradients for Shampoo, A and B for KFAC.
-
-    The first step, which always absorbs its own observation, then computes the inverses.
-    """
-
-    @jax.jit
-    def absorb(opt_state: Any, observation: Any) -> Any:
-        _, new = tx.update(params, opt_state, params, sampled_grads=observation, warm_start=True)
-        # Whatever else counts steps has not seen one.
-        return optax.tree.set(opt_state, KroneckerState=optax.tree.get(new, "KroneckerState"))
-
-    return functools.reduce(absorb, observations, opt_state)
-
-
 def _by_kronecker(
     learning_rate: Any, averages: Any, damping: Any, invert: Callable[[jax.Array, int], jax.Array], is_block: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -115,17 +99,15 @@ def _by_kronecker(
 
     def init(params: Any) -> KroneckerState:
         shapes = [_view(block).shape for block in jax.tree.leaves(params, is_leaf=is_block)]
-        # Arrays of their own, so that all can be donated.
-        count, statistics_count = (jnp.zeros([], jnp.int32) for _ in range(2))
         statistics, inverses = ([[jnp.zeros((d, d)) for d in shape] for shape in shapes] for _ in range(2))
-        return KroneckerState(count, statistics_count, [jnp.zeros(shape) for shape in shapes], statistics, inverses)
+        return KroneckerState(jnp.zeros([], jnp.int32), [jnp.zeros(shape) for shape in shapes], statistics, inverses)
 
-    def update(updates: Any, state: Any, params: Any = None, *, sampled_grads=None, warm_start=False, **_: Any) -> Any:
-        t, n = state.count, state.statistics_count
+    def update(updates: Any, state: Any, params: Any = None, *, sampled_grads=None, **_: Any) -> Any:
+        t = state.count
         blocks, structure = jax.tree.flatten(updates, is_leaf=is_block)
 
         def absorb(weight: Any) -> Any:
-            observed = sampled_grads if is_block or warm_start else updates  # Shampoo's are the gradients themselves.
+            observed = sampled_grads if is_block else updates  # Shampoo's are the gradients themselves.
             new = structure.flatten_up_to(observed() if callable(observed) else observed)
             if is_block is None:
                 new = [[_contraction(g, mode) for mode in range(g.ndim)] for g in map(_view, new)]
@@ -134,16 +116,14 @@ def _by_kronecker(
         def refresh() -> Any:
             return [[invert(c + damping * jnp.eye(len(c)), len(modes)) for c in modes] for modes in statistics]
 
-        if warm_start:
-            return updates, state._replace(statistics_count=n + 1, statistics=absorb(1 / (n + 1)))
         absorb_now = t % statistics_period == 0
         refresh_now = (t % inverse_period == 0) | (absorb_now & (t < inverse_period))
-        weight = jnp.maximum(1 - decay, 1 / (n + 1))
+        weight = jnp.maximum(1 - decay, 1 / (t // statistics_period + 1))
         statistics = lax.cond(absorb_now, lambda: absorb(weight), lambda: state.statistics)
         inverses = lax.cond(refresh_now, refresh, lambda: state.inverses)
         momentum = [mu * m + g for m, g in zip(state.momentum, map(_view, blocks), strict=True)]
         directions = [_mode_products(m, dict(enumerate(p))) for m, p in zip(momentum, inverses, strict=True)]
-        state = KroneckerState(t + 1, jnp.where(absorb_now, n + 1, n), momentum, statistics, inverses)
+        state = KroneckerState(t + 1, momentum, statistics, inverses)
         return structure.unflatten(map(_as_block, directions, blocks)), state
 
     return optax.chain(optax.GradientTransformationExtraArgs(init, update), optax.scale_by_learning_rate(learning_rate))

@@ -11,17 +11,10 @@ from scipy import fft, ndimage
 
 
 class Split(NamedTuple):
-    """Two disjoint sets of examples along the first axis."""
+    """Two disjoint sets of examples along the first axis: arrays, or pairs of images and labels."""
 
-    train: np.ndarray
-    test: np.ndarray
-
-
-class Labelled(NamedTuple):
-    """Images (examples, 32, 32, 3) as bytes, and their labels (int32)."""
-
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
+    train: Any
+    test: Any
 
 
 def splits(x: np.ndarray) -> Split:
@@ -42,12 +35,12 @@ def digits() -> Split:
     return splits(labelled_digits()[0])
 
 
-def digit_images() -> Labelled:
-    """The same digits in grey, each pixel repeated 4x4."""
+def digit_images() -> Split:
+    """The same digits as images (examples, 32, 32, 3) of bytes, each pixel repeated 4x4, and their labels (int32)."""
     pixels, labels = labelled_digits()
     small = np.rint(pixels * 255).astype(np.uint8).reshape(-1, 8, 8, 1)
     (train, test), labels = splits(np.tile(small.repeat(4, axis=1).repeat(4, axis=2), 3)), splits(labels)
-    return Labelled((train, labels.train), (test, labels.test))
+    return Split((train, labels.train), (test, labels.test))
 
 
 def tfds(name: str, split: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -120,73 +113,46 @@ def faces(data_dir: Path | None = None, copies: tuple[int, int] = (345, 414)) ->
         for chosen, number in zip((people < 30, people >= 30), copies, strict=True)
     )
     pixels = np.concatenate([train, test])
-    pixels -= pixels.mean(axis=0, dtype=np.float64).astype(np.float32)
+    pixels -= np.float32(pixels.mean(axis=0, dtype=np.float64))
     pixels /= np.sqrt(np.mean(np.square(pixels), dtype=np.float64)).astype(np.float32)
     return Split(pixels[: len(train)], pixels[len(train) :])
 
 
 @functools.cache
-def cifar10(data_dir: Path | None = None) -> Labelled:
+def cifar10(data_dir: Path | None = None) -> Split:
     """CIFAR-10, from `cifar10.npz` of `pack_cifar10` where `data_dir` has it, or else through TFDS."""
     if data_dir is not None and (path := Path(data_dir) / "cifar10.npz").exists():
         with np.load(path) as file:
-            train, test = (
-                (decode([file[f"{split}_{channel}"] for channel in ("y", "cb", "cr")]), file[f"{split}_labels"])
-                for split in ("train", "test")
-            )
-        return Labelled(train, test)
-    return Labelled(*(tfds("cifar10", split, data_dir) for split in ("train", "test")))
+            return Split(*((decode(file[name]), file[f"{name}_labels"]) for name in Split._fields))
+    return Split(*(tfds("cifar10", split, data_dir) for split in Split._fields))
 
 
 def pack_cifar10(data_dir: Path | None, path: Path) -> None:
-    """Writes CIFAR-10 to one file of about 25 MB that needs no decoder but `decode`, for machines without TFDS."""
+    """Writes CIFAR-10 to one file of 20 MB that needs no decoder but `decode`, for machines without TFDS."""
     arrays = {}
     for name, (images, labels) in cifar10(data_dir)._asdict().items():
-        coefficients = encode(images)
-        arrays |= {f"{name}_{channel}": x for channel, x in zip(("y", "cb", "cr"), coefficients, strict=True)}
-        arrays[f"{name}_labels"] = labels
+        arrays |= {name: encode(images), f"{name}_labels": labels}
     np.savez_compressed(path, **arrays)
 
 
-# As JPEG does at quality 75: luminance Y and chrominance Cb, Cr at half the resolution, in blocks of 8x8, each a
-# quantized cosine transform. JPEG's own tables of quanta, halved.
-YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-QUANTA = [
-    (np.array([int(x) for x in table.split()], np.float32).reshape(8, 8) + 1) // 2
-    for table in (
-        "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
-        "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99",
-        "17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 99" + 32 * " 99",
-    )
-]
+# As JPEG does: a cosine transform of blocks of 8x8 pixels, whose quanta grow with the frequency; along the channels it
+# is one too, and what it makes of the colours is quantized more coarsely than the brightness.
+ROW, COLUMN, CHANNEL = np.mgrid[:8, :8, :3]
+QUANTA: Any = (14 + 3 * (1 + (CHANNEL > 0)) * (ROW + COLUMN))[..., None, None, None].astype(np.float32)
 
 
-def encode(images: np.ndarray) -> list[np.ndarray]:
-    """Quantized coefficients of Y, Cb and Cr: int8, (8, 8, examples, blocks, blocks)."""
-    pixels = (images.astype(np.float32) @ YCBCR.T.astype(np.float32)) - np.array([128, 0, 0], np.float32)
-    half = pixels.reshape(len(pixels), 16, 2, 16, 2, 3).mean((2, 4))
-    channels = zip((pixels[..., 0], half[..., 1], half[..., 2]), (0, 1, 1), strict=True)
-    return [_quantized(channel, QUANTA[table]) for channel, table in channels]
+def encode(images: np.ndarray) -> np.ndarray:
+    """Quantized coefficients: int8, (8, 8, 3, examples, 4, 4)."""
+    blocks = images.reshape(-1, 4, 8, 4, 8, 3).transpose(2, 4, 5, 0, 1, 3) - np.float32(128)
+    transformed: Any = fft.dctn(blocks, axes=(0, 1, 2), norm="ortho")
+    return np.clip(np.rint(transformed / QUANTA), -128, 127).astype(np.int8)
 
 
-def _quantized(channel: np.ndarray, quanta: np.ndarray) -> np.ndarray:
-    blocks = channel.reshape(len(channel), -1, 8, channel.shape[2] // 8, 8).transpose(2, 4, 0, 1, 3)
-    transformed: Any = fft.dctn(blocks, axes=(0, 1), norm="ortho")
-    coefficients = np.rint(transformed / quanta[:, :, None, None, None])
-    return np.clip(coefficients, -128, 127).astype(np.int8)
-
-
-def decode(coefficients: Iterable[np.ndarray]) -> np.ndarray:
-    """The images as bytes; `encode` and `decode` change a pixel of a JPEG by about one of 256 levels."""
-    channels = []
-    for quantized, table in zip(coefficients, (0, 1, 1), strict=True):
-        scaled = quantized * QUANTA[table][:, :, None, None, None]
-        blocks: Any = fft.idctn(scaled, axes=(0, 1), norm="ortho")
-        blocks = blocks.transpose(2, 3, 0, 4, 1)
-        channel = blocks.reshape(len(blocks), 8 * blocks.shape[1], -1)
-        channels.append(channel.repeat(32 // channel.shape[1], axis=1).repeat(32 // channel.shape[2], axis=2))
-    pixels = np.stack(channels, axis=-1) + np.array([128, 0, 0], np.float32)
-    return np.clip(np.rint(pixels @ np.linalg.inv(YCBCR).T.astype(np.float32)), 0, 255).astype(np.uint8)
+def decode(coefficients: np.ndarray) -> np.ndarray:
+    """The images as bytes. A pixel of a JPEG changes by two or three of 256 levels."""
+    blocks: Any = fft.idctn(coefficients * QUANTA, axes=(0, 1, 2), norm="ortho")
+    pixels = blocks.transpose(3, 4, 0, 5, 1, 2).reshape(-1, 32, 32, 3)
+    return np.clip(np.rint(pixels + 128), 0, 255).astype(np.uint8)
 
 
 @functools.cache

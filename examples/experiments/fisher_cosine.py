@@ -7,7 +7,6 @@ their direction and its own is recorded for each layer. All averages have the de
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,25 +22,12 @@ from jax.scipy.linalg import solve
 import tnt_optax
 from experiments import baselines, report
 from experiments.data import labelled
+from experiments.workloads import dense, dense_layers
 
 DECAY = 0.9
 HIDDEN = (20, 20, 20, 20)  # The widths of the hidden layers.
 CATEGORICAL = tnt_optax.Categorical()
-
-
-def forward(params: Sequence[Any], x: jax.Array, tap: Callable[..., jax.Array] = lambda x, y: y) -> jax.Array:
-    """Logits; `tap` is what KFAC needs."""
-    for index, layer in enumerate(params):
-        x = jnp.tanh(x) if index else x
-        x = tap(x, x @ layer["kernel"] + layer["bias"])
-    return x
-
-
-def initial_parameters(widths: Sequence[int], key: jax.Array) -> list[dict[str, jax.Array]]:
-    """Weights of variance 1 / fan_in, and no bias."""
-    pairs = zip(jax.random.split(key, len(widths) - 1), itertools.pairwise(widths), strict=True)
-    kernels = [jax.random.normal(k, shape) / np.sqrt(shape[0]) for k, shape in pairs]
-    return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
+forward = functools.partial(dense, jnp.tanh)
 
 
 def methods(damping: float) -> dict[str, Any]:
@@ -99,8 +85,7 @@ def compare(images, widths, *, batch_size=1000, steps=200, learning_rate=0.1, da
         params = jax.tree.map(lambda w, d: w - learning_rate * d, params, directions)
         return (params, fishers, momentum, states), loss, cosines
 
-    start, key = jax.random.split(jax.random.key(seed))
-    params = initial_parameters(widths, start)
+    params, key = dense_layers(widths, seed), jax.random.key(seed)
     fishers = [jnp.zeros((size, size)) for size in (ravel_pytree(layer)[0].size for layer in params)]
     states = {name: tx.init(params) for name, tx in line_up.items()}
     state = params, fishers, jax.tree.map(jnp.zeros_like, params), states

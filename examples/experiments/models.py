@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+Tap = Callable[[jax.Array, jax.Array], jax.Array]
 KAIMING_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def untapped(x: jax.Array, y: jax.Array) -> jax.Array:
+    """A tap may replace the output y of a dense layer for the input x: `baselines.kfac` needs both."""
+    del x
+    return y
 
 
 def relu(x: jax.Array) -> jax.Array:
@@ -39,8 +46,7 @@ class Autoencoder(nnx.Module):
             init = functools.partial(uniform, fan_in=n)
             self.layers.append(nnx.Linear(n, m, kernel_init=init, bias_init=init, rngs=rngs))
 
-    def __call__(self, images: jax.Array, tap: Callable[..., jax.Array] = lambda x, y: y) -> jax.Array:
-        """`tap(input, output)` may replace the output of each layer: `baselines.kfac` needs both."""
+    def __call__(self, images: jax.Array, tap: Tap = untapped) -> jax.Array:
         x = images
         for index, layer in enumerate(self.layers):
             x = tap(x, layer(x))

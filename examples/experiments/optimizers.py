@@ -135,16 +135,6 @@ optimizer([3e-2], "sgdm_published_cifar10")(
 )
 
 
-def of_gradients(problem: Problem, targets: Any) -> ValueAndGrads:
-    """For Shampoo's warm start, whose statistics are of the gradients themselves."""
-
-    def value_and_grads(params: Any, batch: Any, targets: Any, key: jax.Array) -> Any:
-        value, grads, _ = sampled(problem, targets)(params, batch, targets, key)
-        return value, grads, lambda: grads
-
-    return value_and_grads
-
-
 def of_layers(problem: Problem, targets: Any) -> ValueAndGrads:
     """KFAC's statistics are two factors of each dense layer."""
 
@@ -159,10 +149,7 @@ def of_layers(problem: Problem, targets: Any) -> ValueAndGrads:
     return value_and_grads
 
 
-published = {"warm_start": baselines.warm_start}
 optimizer(LOW, "shampoo")(lambda rate, _: baselines.shampoo(rate))
 optimizer(HIGH, "kfac", value_and_grads=of_layers)(lambda rate, _: baselines.kfac(rate))
-optimizer([3e-4], "shampoo_published", value_and_grads=of_gradients, **published)(
-    lambda rate, _: baselines.shampoo(rate, damping=3e-4)
-)
-optimizer([3e-3], "kfac_published", value_and_grads=of_layers, **published)(lambda rate, _: baselines.kfac(rate))
+optimizer([3e-4], "shampoo_published")(lambda rate, _: baselines.shampoo(rate, damping=3e-4))
+optimizer([3e-3], "kfac_published", value_and_grads=of_layers)(lambda rate, _: baselines.kfac(rate))

@@ -18,7 +18,7 @@ from flax import nnx
 
 import tnt_optax
 from experiments import data
-from experiments.models import Autoencoder, ResNet, Transformer
+from experiments.models import Autoencoder, ResNet, Tap, Transformer, untapped
 from tnt_optax import Bernoulli, Categorical, Joint, Normal
 
 
@@ -121,7 +121,7 @@ def faces(seed: int, data_dir: Path | None = None) -> Problem:
 # Classification with BatchNorm, as in the paper's Section 6.2.
 
 
-def classifier(images: data.Labelled, model: Callable[[nnx.Rngs], nnx.Module], flip: bool, seed: int) -> Problem:
+def classifier(images: data.Split, model: Callable[[nnx.Rngs], nnx.Module], flip: bool, seed: int) -> Problem:
     """Images are normalized by channel, shifted by up to 4 pixels, and mirrored with `flip`."""
     module: Any = model(nnx.Rngs(seed))
     module.train()
@@ -176,7 +176,7 @@ def cifar10(
     seed: int, data_dir: Path | None = None, blocks: int = 1, channels: int = 16, examples: int = 10_000
 ) -> Problem:
     images = data.cifar10(data_dir)
-    some = data.Labelled((images.train[0][:examples], images.train[1][:examples]), images.test)
+    some = data.Split(tuple(x[:examples] for x in images.train), images.test)
     return classifier(some, lambda rngs: ResNet(blocks, channels, rngs=rngs), True, seed)
 
 
@@ -235,10 +235,11 @@ def dense_layers(widths: Sequence[int], seed: int) -> Layers:
     ]
 
 
-def dense(activation: Callable[[jax.Array], jax.Array], params: Layers, x: jax.Array) -> jax.Array:
-    for layer in params[:-1]:
-        x = activation(x @ layer["kernel"] + layer["bias"])
-    return x @ params[-1]["kernel"] + params[-1]["bias"]
+def dense(activation: Callable[[jax.Array], jax.Array], params: Layers, x: jax.Array, tap: Tap = untapped) -> jax.Array:
+    for index, layer in enumerate(params):
+        x = activation(x) if index else x
+        x = tap(x, x @ layer["kernel"] + layer["bias"])
+    return x
 
 
 def derivative(u: Callable[[jax.Array], jax.Array], axis: int) -> Callable[[jax.Array], jax.Array]:
