@@ -252,9 +252,11 @@ def growth(widths: list[int] = WIDTHS, depths: list[int] = DEPTHS, out: Path = P
     large = of_update([*map(array, GPT2_SHAPES)], run=False)
     figure, axes = panels(2)
     for axis, (name, rows) in zip(axes, results.items(), strict=True):
+        sizes = [row[name] for row in rows]
         for key, label in {"tnt_ms": "TNT", "tnt_refresh_ms": "TNT, refreshing", "adam_ms": "Adam"}.items():
-            axis.loglog([row[name] for row in rows], [row[key] for row in rows], "o-", label=label)
-        axis.set(title=f"an update alone, by {name}", xlabel=name, ylabel="ms")
+            axis.loglog(sizes, [row[key] for row in rows], "o-", label=label)
+        axis.minorticks_off()
+        axis.set(title=f"an update alone, by {name}", xlabel=name, ylabel="ms", xticks=sizes, xticklabels=sizes)
         axis.legend()
     tables = {f"growth-{name}": show(f"growth-{name}", rows) for name, rows in (results | {"gpt2": [large]}).items()}
     save(out, {"growth": results, "large": large, "tables": tables}, figure)
