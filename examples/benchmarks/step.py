@@ -207,7 +207,8 @@ def measure(
 ) -> None:
     """What a step costs beside other optimizers, which take steps in turn, in units of SGD-m; where TNT's time goes.
 
-    STEPS is a multiple of 20, the period of TNT (1, 20); 100 are that of TNT (10, 100). SKIP names optimizers; WIDTH and DTYPE are the transformer's.
+    STEPS is a multiple of 20, the period of TNT (1, 20); 100 are that of TNT (10, 100). SKIP names optimizers; WIDTH
+    and DTYPE are the transformer's.
     """
     results, tables = {}, {}
     for model in models:

@@ -117,7 +117,10 @@ def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], l
                 for key in ("train_loss", "test_loss", "step", "seconds")
             )
             first = run is result["runs"][0]
-            style = {"color": "black" if name == "adaptive_tnt" else plt.colormaps["tab20"](index), "linewidth": 1}
+            style = {
+                "color": "black" if name == "adaptive_tnt" else plt.colormaps["tab20"](2 * index % 20 + index // 10),
+                "linewidth": 1,
+            }
             for axis, x in ((left, step), (right, [run["warm_start_seconds"] + s for s in seconds])):
                 axis.plot(x, train, label=name.replace("_", " ") if first else None, **style)
                 if first:
