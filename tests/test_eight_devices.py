@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "eight_devices"
 def test_on_eight_devices(request):
     marks = ["-m", request.config.option.markexpr]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *marks, str(FOLDER)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     print(result.stdout)  # The report of what failed; shown only then.
     assert result.returncode == 0, result.stderr
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 30

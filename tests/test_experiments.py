@@ -21,6 +21,7 @@ import tnt_optax
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 RNG = np.random.default_rng(0)
+POSITIVE = ["epochs", "tuning-epochs", "seconds", "seeds", "learning-rate"]
 
 
 @pytest.fixture
@@ -116,8 +117,17 @@ def test_other_settings_are_refused_with_the_difference(registered, tmp_path):
     runner.run("line", "fixed", tmp_path)
     with pytest.raises(runner.UsageError, match="epochs is 4 there, and 5 here"):
         runner.run("line", "fixed", tmp_path, budget=runner.Budget(5))
-    with pytest.raises(runner.UsageError, match="examples is None there, and 16 here"):
+    with pytest.raises(runner.UsageError, match="examples is the default there, and 16 here"):
         runner.run("line", "fixed", tmp_path, options={"examples": 16})
+
+
+def test_other_settings_are_refused_before_the_first_training_has_ended(registered, tmp_path):
+    with pytest.raises(runner.DeadlineError):
+        runner.run("line", "fixed", tmp_path, deadline=0.0)
+    with pytest.raises(runner.UsageError, match="falling is False there, and True here"):
+        runner.run("line", "fixed", tmp_path, budget=runner.Budget(4, falling=True))
+    with pytest.raises(runner.UsageError, match="no results"):
+        report.tables(tmp_path)
 
 
 def test_a_second_run_into_a_folder_is_refused(tmp_path):
@@ -144,7 +154,13 @@ def test_a_divergence_ends_the_run(registered, tmp_path):
         (["run", "faces", "-o", "adam", "--data-dir", "no/such"], "scikit-learn then downloads"),
         (["run", "digits", "-o", "lbfgs"], "deterministic losses"),
         (["run", "digits", "-o", "adam", "--set", "size=3"], "no option 'size'"),
-        (["run", "digits", "-o", "adam", "--steps", "7"], "--steps"),
+        (["run", "digits", "-o", "adam", "--set", "size"], "no option 'size'"),
+        (["run", "image", "-o", "adam", "--set", "size=x"], "expected a value like 64"),
+        (["run", "digits", "-o", "adam", "--steps", "7"], "expected --epochs in its place"),
+        (["run", "poisson", "-o", "adam", "--steps", "7"], "expected a multiple of 100"),
+        *((["run", "digits", "-o", "adam", f"--{x}", "0"], f"--{x}: expected a positive") for x in POSITIVE),
+        (["run", "digits", "-o", "adam", "--learning-rate", "nan"], "--learning-rate: expected a positive"),
+        (["report", "no/such"], "no results in no/such"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message, tmp_path):

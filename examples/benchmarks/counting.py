@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import rich
+from experiments import report
 from experiments.baselines import shampoo, soap
 from experiments.report import machine, markdown_table, write_json
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from rich.markdown import Markdown
 from rich.progress import track
 
 import tnt_optax
@@ -74,7 +73,7 @@ def show(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [[f"{x / 1e6:.1f} M" if isinstance(x, int) and x >= 1e6 else x for x in row] for row in cells]
     texts = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in cells]
     table = markdown_table([column.replace("_", " ") for column in columns], texts)
-    rich.print(Markdown(f"**{name}**\n\n{table}"))
+    report.show(name, table)
     return table
 
 

@@ -14,5 +14,5 @@ if __name__ == "__main__":
             from experiments.command_line import app
 
             app()
-    except (UsageError, FileNotFoundError) as error:
+    except (UsageError, OSError) as error:
         sys.exit(str(error))

@@ -1,14 +1,11 @@
 """Trains workloads with optimizers, and makes tables and pictures of the results. (`gpu --help`: what a GPU runs.)"""
 
 import inspect
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich
 import typer
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import data, report, runner
@@ -25,9 +22,9 @@ def list_all() -> None:
     for name, workload in WORKLOADS.items():
         options = list(inspect.signature(workload.make).parameters.values())[1:]
         rows.append([name, workload.about, " ".join(f"{p.name}={p.default}" for p in options)])
-    rich.print(Markdown(report.markdown_table(["workload", "about", "options"], rows)))
+    report.show("workloads", report.markdown_table(["workload", "about", "options"], rows))
     grids = [[name, ", ".join(f"{x:g}" for x in o.grid) or "nothing to tune"] for name, o in OPTIMIZERS.items()]
-    rich.print(Markdown(report.markdown_table(["optimizer", "learning rates"], grids)))
+    report.show("optimizers", report.markdown_table(["optimizer", "learning rates"], grids))
 
 
 @app.command()
@@ -57,9 +54,12 @@ def run(
         raise runner.UsageError(f"--data-dir: {workload} needs no data.")
     if steps is not None:
         if not what.epoch_steps or steps % what.epoch_steps:
-            raise runner.UsageError(f"--steps: expected a multiple of {what.epoch_steps} for {workload}, got {steps}.")
+            expected = f"a multiple of {what.epoch_steps}" if what.epoch_steps else "--epochs in its place"
+            raise runner.UsageError(f"--steps: expected {expected} for {workload}, got {steps}.")
         epochs = steps // what.epoch_steps
-    budget = runner.Budget(epochs or what.epochs, seconds, what.falling if falling is None else falling)
+    budget = runner.Budget(
+        what.epochs if epochs is None else epochs, seconds, what.falling if falling is None else falling
+    )
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
     with runner.exclusive(out), Progress(*columns, TimeRemainingColumn()) as progress:
 
@@ -84,19 +84,24 @@ def run(
                 options=options,
                 on_training=on_training,
             )
-    rich.print(Markdown(report.summary(report.results(out)[workload])))
+    report.show(workload, report.summary(report.results(out)[workload]))
 
 
 def parsed(workload: str, texts: list[str]) -> dict[str, Any]:
     """The options of a workload, with the types of their defaults."""
-    parameters = inspect.signature(WORKLOADS[workload].make).parameters
+    parameters = list(inspect.signature(WORKLOADS[workload].make).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.name != "data_dir"}
     options: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
-        if name not in list(parameters)[1:]:
-            has = ", ".join(list(parameters)[1:]) or "none"
-            raise runner.UsageError(f"--set {text}: {workload} has no option {name!r}. It has: {has}.")
-        options[name] = value if isinstance(parameters[name].default, str) else json.loads(value)
+        if name not in defaults:
+            raise runner.UsageError(
+                f"--set {text}: {workload} has no option {name!r}. It has: {', '.join(defaults) or 'none'}."
+            )
+        try:
+            options[name] = type(defaults[name])(value)
+        except ValueError:
+            raise runner.UsageError(f"--set {text}: expected a value like {defaults[name]}.") from None
     return options
 
 
@@ -111,8 +116,9 @@ def make_report(
         workload = WORKLOADS.get(name)
         log = workload is None or workload.log
         report.plot(folder / f"{name}.png", f"{name}: {workload.about}" if workload else name, of_workload, log)
+    print(f"The pictures are {folder}/*.png.")
     for name, table in tables.items() if not pages else ():
-        rich.print(Markdown(f"**{name}**\n\n{table}"))
+        report.show(name, table)
     for page in pages or []:
         page.write_text(report.filled(page, tables))
 

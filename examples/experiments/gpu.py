@@ -12,7 +12,7 @@ from typing import Any
 
 import benchmarks.step
 
-from experiments import runner
+from experiments import data, runner
 
 CIFAR10 = ("adaptive_tnt", "tnt_published_cifar10", "sgdm_published_cifar10")
 LANGUAGE = ("adaptive_tnt", "adamw", "muon")
@@ -36,6 +36,7 @@ def run(
       steps: of the transformer, a multiple of 50.
       tiny: models so small that a CPU runs everything in minutes, for a test.
     """
+    data.cifar10(data_dir)  # Missing data are an error now, and not after the benchmarks.
     deadline = time.monotonic() + 60 * minutes
     shapes: dict[str, Any] = {"width": 512, "layers": 6, "heads": 8, "length": 256, "batch": 32, "dtype": "bfloat16"}
     images: dict[str, Any] = {"blocks": 5, "examples": 50_000}

@@ -11,6 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.markdown import Markdown
+
+
+class UsageError(Exception):
+    """What the user has to change."""
 
 
 def machine() -> dict[str, Any]:
@@ -48,10 +54,11 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """workload -> optimizer -> the content of its JSON file."""
+    """workload -> optimizer -> the content of its JSON file, once a training has ended."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+        if (content := json.loads(path.read_text()))["runs"]:
+            found.setdefault(path.parent.name, {})[path.stem] = content
     return found
 
 
@@ -60,7 +67,14 @@ def tables(folder: Path) -> dict[str, str]:
     found = {name: summary(of_workload) for name, of_workload in results(folder).items()}
     for path in sorted(folder.glob("*.json")):
         found |= json.loads(path.read_text()).get("tables", {})
+    if not found:
+        raise UsageError(f"There are no results in {folder}.")
     return found
+
+
+def show(name: str, table: str) -> None:
+    """Prints a table, as wide as it is: a terminal of 80 columns would lose the numbers."""
+    Console(width=150).print(Markdown(f"**{name}**\n\n{table}"))
 
 
 def diverged(run: Mapping[str, Any]) -> bool:
@@ -144,7 +158,7 @@ def filled(page: Path, tables: Mapping[str, str]) -> str:
 
     def table(match: re.Match[str]) -> str:
         if (name := match[1]) not in tables:
-            raise KeyError(f"{page}: there are no results of {name!r}. There are: {', '.join(tables)}.")
+            raise UsageError(f"{page}: there are no results of {name!r}. There are: {', '.join(tables)}.")
         return f"<!-- results {name} -->\n\n{tables[name]}\n\n<!-- /results -->"
 
     pattern = r"<!-- results (\S+) -->.*?<!-- /results -->"

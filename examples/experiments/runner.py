@@ -21,15 +21,11 @@ import optax
 from flax import serialization
 
 from experiments.optimizers import OPTIMIZERS, Optimizer
-from experiments.report import machine, write_json
+from experiments.report import UsageError, machine, write_json
 from experiments.workloads import WORKLOADS, Problem, loss_and_metrics
 
 EVALUATED = 1000  # Examples of one evaluation.
 WIDENINGS = 8
-
-
-class UsageError(Exception):
-    """What the user has to change."""
 
 
 class DeadlineError(Exception):
@@ -167,6 +163,7 @@ class Trainer:
             args = carry, problem.train, key, np.int32(0), next(self.batches(problem, seed, 0))
             self.compiled = self.step.lower(*args, tx=tx).compile()
             self.compile_seconds = time.perf_counter() - start
+            jax.block_until_ready(self.compiled(jax.tree.map(jnp.copy, carry), *args[1:]))  # The first one is slower.
         run: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "compile_seconds": self.compile_seconds}
 
         def record(spent: float) -> None:
@@ -215,6 +212,7 @@ class Trainer:
                     shown = time.perf_counter()
             run["losses"] += [float(f"{float(loss):.6g}") for loss in losses]  # Waits for them.
             spent += time.perf_counter() - start
+            on_step(len(run["losses"]), run["losses"][-1])
             if not (finite := np.isfinite(run["losses"])).all():
                 run["diverged_at"] = int(np.argmin(finite))
             record(spent)
@@ -228,7 +226,9 @@ def final_loss(run: dict[str, Any]) -> float:
 
 def tune(loss_of: Callable[[float], float], grid: Sequence[float], name: str) -> float:
     """The learning rate of the lowest loss; where it is at an edge, the grid is widened until it is not."""
-    losses = {rate: loss_of(rate) for rate in grid}
+    if len(grid) < 3:
+        raise UsageError(f"{name}: expected one learning rate, or at least three to tell an edge, got {list(grid)}.")
+    losses = {rate: loss_of(rate) for rate in map(float, grid)}
     for _ in range(WIDENINGS):
         rates = sorted(losses)
         best = min(rates, key=lambda rate: losses[rate])  # The lowest, where all have diverged.
@@ -239,7 +239,7 @@ def tune(loss_of: Callable[[float], float], grid: Sequence[float], name: str) ->
         losses[new] = loss_of(new)
     raise UsageError(
         f"{name}: the best learning rate is still at an edge of the grid ({min(losses):g} to {max(losses):g}) after "
-        f"{WIDENINGS} more. No result is reported. Give it another grid."
+        f"{WIDENINGS} more. No result is reported. Give it another grid, in `optimizers.py`."
     )
 
 
@@ -266,7 +266,11 @@ def run(
     what, how, options = WORKLOADS[workload], OPTIMIZERS[optimizer], options or {}
     budget = budget or Budget(what.epochs, falling=what.falling)
     tuned = len(how.grid) > 1 and learning_rate is None
-    tuning_epochs = tuning_epochs or min(what.tuning_epochs, budget.epochs)
+    tuning_epochs = min(what.tuning_epochs, budget.epochs) if tuning_epochs is None else tuning_epochs
+    numbers = {"epochs": budget.epochs, "tuning-epochs": tuning_epochs, "seconds": budget.seconds, "seeds": len(seeds)}
+    for name, value in {**numbers, "learning-rate": learning_rate}.items():
+        if value is not None and not (value > 0 and (math.isfinite(value) or name == "seconds")):
+            raise UsageError(f"--{name}: expected a positive number, got {value}.")
     settings = {
         **{key: value for key, value in options.items() if key != "data_dir"},
         **dataclasses.asdict(budget),
@@ -276,7 +280,7 @@ def run(
     }
     settings["seconds"] = budget.seconds if math.isfinite(budget.seconds) else None
     settings = json.loads(json.dumps(settings))
-    path = out / workload / f"{optimizer}.json"
+    path = Path(out) / workload / f"{optimizer}.json"
     result: dict[str, Any] = {"workload": workload, "optimizer": optimizer, "machine": machine(), "settings": settings}
     result |= {"tuning": [], "runs": []}
     if path.exists():
@@ -284,8 +288,11 @@ def run(
         there = result["settings"]
         different = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
         if different:
-            text = "; ".join(f"{key} is {there.get(key)} there, and {settings.get(key)} here" for key in different)
+            pairs = [(key, *(x.get(key, "the default") for x in (there, settings))) for key in different]
+            text = "; ".join(f"{key} is {old} there, and {new} here" for key, old, new in pairs)
             raise UsageError(f"{path} is of a run with other settings: {text}. Give another --out.")
+    else:  # So that a run that goes on before the first training has ended has the same settings.
+        write_json(path, result)
 
     problems = functools.cache(lambda seed: what.make(seed, **options))
     trainer = functools.cache(lambda: Trainer(problems(0), how, budget.falling, what.epoch_steps))
@@ -308,7 +315,7 @@ def run(
         checkpoint.unlink()
         return done
 
-    rate = how.grid[0] if how.grid else 1.0
+    rate = float(how.grid[0]) if how.grid else 1.0
     if learning_rate is not None:
         rate = learning_rate
     elif tuned:
