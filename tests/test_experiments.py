@@ -206,12 +206,16 @@ def small_data(monkeypatch):
 OPTIONS = {"transformer": {"width": 16, "layers": 2, "length": 16}, "image": {"size": 24}}
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
-def test_every_workload_traces_with_the_optimizers(name, small_data):
+def test_every_workload_traces_with_the_optimizers(name, every, small_data):
     """Types only: nothing is compiled."""
     what = workloads.WORKLOADS[name]
     problem = what.make(0, **OPTIONS.get(name, {}))
     others = {"digits": {"kfac", "shampoo", "soap", "tnt_published", "tnt_part2"}, "poisson": {"lbfgs"}}
+    if every:  # KFAC is for dense layers whose inputs it can tap.
+        dense = {"kfac"} if name in ("digits", "mnist", "faces") else set()
+        others[name] = {"tnt_published", "soap"} | ({"lbfgs"} if problem.batch_size is None else dense)
     for optimizer in {"adaptive_tnt", "muon"} | others.get(name, set()):  # The first two depend on the views.
         trainer = runner.Trainer(problem, OPTIMIZERS[optimizer], True, what.epoch_steps)
         tx = trainer.tx(highest=0.1, steps=10)

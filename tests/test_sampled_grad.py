@@ -84,7 +84,11 @@ def sample_moments(sampled_gradient):
 
 @pytest.mark.parametrize(
     ("predictive", "scale"),
-    [*((p, "fisher") for p in (Categorical(), Bernoulli(), Normal(0.5), Poisson())), (Categorical(), "mean")],
+    [
+        *((p, "fisher") for p in (Categorical(), Bernoulli(), Normal(0.5), Poisson())),
+        (Categorical(), "mean"),
+        *(pytest.param(p, "mean", marks=pytest.mark.slow) for p in (Bernoulli(), Normal(0.5), Poisson())),
+    ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_covariance_of_sampled_gradients_converges_to_the_exact_fisher_matrix(predictive, scale):
