@@ -134,7 +134,9 @@ def test_faults_at_the_first_step():
 @pytest.mark.parametrize("parts", [None, 2])
 def test_a_factor_that_keeps_failing_does_not_stop_the_others(parts):
     """A dead layer with a damping that float32 takes for zero: its U + damping I is singular."""
-    grads = {"alive": jnp.asarray([[1.0, 2.0], [3.0, -1.0]]), "dead": jnp.ones((2, 3)), "stack": jnp.ones((2, 3, 1))}
+    # Of full rank: the inverse of a singular statistic with such a damping is nothing but rounding errors.
+    alive = jnp.asarray([[1.0, 2.0], [3.0, -1.0]])
+    grads = {"alive": alive, "dead": jnp.ones((2, 3)), "stack": jnp.stack([alive, alive])}
     tx = scale_by_tnt(
         damping=1e-40,
         statistics_period=1,
@@ -147,7 +149,7 @@ def test_a_factor_that_keeps_failing_does_not_stop_the_others(parts):
         before = state.inverses
         sampled = jax.tree.map(lambda g, t=t: (t + 1) * g, grads) | {
             "dead": jnp.zeros((2, 3)),
-            "stack": jnp.ones((2, 3, 1)).at[0].set(0),  # Only one layer of it is dead.
+            "stack": jnp.stack([jnp.zeros_like(alive), alive]),  # Only one layer of it is dead.
         }
         updates, state = update(grads, state, sampled_grads=sampled)
         assert not np.array_equal(state.inverses["alive"][0], before["alive"][0])
