@@ -117,18 +117,22 @@ class QuadraticModel:
         directions = [direction, self.u] if self.use_momentum and np.any(self.u) else [direction]
         basis = np.stack(directions, axis=1)
         self.coefficients = np.linalg.solve(basis.T @ damped @ basis, basis.T @ gradient)
+        if np.any(abs(self.coefficients[1:]) > 1):  # The minimizer over the directions with |c_2| <= 1.
+            second = np.sign(self.coefficients[1])
+            first = direction @ (gradient - second * damped @ self.u) / (direction @ damped @ direction)
+            self.coefficients = np.array([first, second])
         u = basis @ self.coefficients
         self.predicted = gradient @ u - u @ damped @ u / 2
-        if self.adaptive_damping and (self.t % 5 == 0 or not np.any(self.u)):
+        if self.adaptive_damping and (self.t < 20 or self.t % 5 == 0 or not np.any(self.u)):
             expected = (gradient if own_gradient is None else own_gradient) @ u - u @ damped @ u / 2
             true = loss(0 * u) - loss(u)
             if expected > 0:
                 share = self.damping * u @ u / (u @ damped @ u)
                 if true < 0.25 * expected:
-                    self.damping *= 2
+                    self.damping *= 2 if true >= 0 else 4
                 elif share > 0.01 and true > 0.75 * expected:
                     self.damping *= 0.5 if true > 1.5 * expected else 0.95
-                if true < -max(expected, abs(loss(0 * u))):
+                if true < 0:
                     u = 0 * u
         self.t, self.u = self.t + 1, u
         return u

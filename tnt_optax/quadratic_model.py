@@ -22,7 +22,9 @@ from tnt_optax.options import Number, NumberOrSchedule
 from tnt_optax.sampled_grad import check_sampled_grads
 from tnt_optax.state import QuadraticModelState, check_model_state, init_model_state
 
-_MEASURING_PERIOD = 5  # The loss at the new parameters is computed at every fifth step, to adapt lambda.
+# The loss at the new parameters is computed at each of the first steps, where lambda may be far off, then at every fifth.
+_FIRST_STEPS, _MEASURING_PERIOD = 20, 5
+_LARGEST_MOMENTUM = 1.0
 _DAMPING_RANGE = 1e-8, 1e8  # of lambda, times its initial value.
 
 
@@ -49,14 +51,17 @@ def scale_by_quadratic_model(
     Args:
       initial_damping: lambda >= 0 at the first step. It bounds the steps while the Fisher matrix of a batch says little
         about the loss; it is on the scale of the Fisher matrix's eigenvalues.
-      adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt. At every fifth step, and
-        after a rejected one, the loss is computed at the new parameters (a forward pass, in `jax.lax.cond`). Where it
-        fell by less than 1/4 of what the model predicted, lambda is doubled; by more than 3/4, multiplied by 0.95; by
-        more than 3/2, where lambda itself limits the step, halved. It is not reduced where it contributes less than 1%
-        to <u, A u>, not changed where the prediction is less than the rounding error of the loss, and stays within a
-        factor of 1e8 of its initial value. With a `loss` that is linear in the outputs (a policy gradient) the
-        comparison says nothing: pass False, and a `trust_radius`. False: lambda is `initial_damping`; 0 is allowed.
-      use_momentum: whether u_(t-1) is a direction. False: u is a multiple of p, and the state holds no tree.
+      adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt. At each of the first 20
+        steps, then at every fifth, and after a rejected one, the loss is computed at the new parameters (a forward
+        pass, in `jax.lax.cond`). Where it rose, the step is rejected and lambda is multiplied by 4; where it fell by
+        less than 1/4 of what the model predicted, by 2; by more than 3/4, by 0.95; by more than 3/2, where lambda
+        itself limits the step, by 1/2. It is not reduced where it contributes less than 1% to <u, A u>, not changed
+        where the prediction is less than the rounding error of the loss, and stays within a factor of 1e8 of its
+        initial value. With a `loss` that is linear in the outputs (a policy gradient) the comparison says nothing: pass
+        False, and a `trust_radius`. False: lambda is `initial_damping`; 0 is allowed.
+      use_momentum: whether u_(t-1) is a direction, with a coefficient |c_2| <= 1: where batches are small, a larger one
+        is the difference of two large and almost parallel directions, which the next batch does not confirm. False: u
+        is a multiple of p, and the state holds no tree.
       trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u> exceeds r^2. To second order
         that is twice the KL divergence per example between the predictions before and after the step.
 
@@ -66,8 +71,8 @@ def scale_by_quadratic_model(
       `sampled_grads.grads` (because it was clipped, say). Updates have the dtypes of p. Inside `optax.masked` and
       `optax.partition` the model takes the other parameters as fixed.
 
-      Where p is 0, so is the update. Where something is not finite, the model has no minimum, or the measured loss more
-      than doubles, the step is rejected: the update is zero, it is counted, and the next one has no momentum.
+      Where p is 0, so is the update. Where something is not finite, the model has no minimum, or the measured loss
+      rises, the step is rejected: the update is zero, it is counted, and the next one has no momentum.
 
     Raises:
       ValueError: a number is out of its range. From `update`: `sampled_grads` is no `SampledGrad`, or a tree has
@@ -109,7 +114,8 @@ def scale_by_quadratic_model(
         fisher, squares = batch.fisher_products(directions), symmetric_products(directions, directions)
         curvature = fisher + batch.regularizer_products(directions) + damping * squares
         slopes = jnp.stack([inner_product(d, g) for d in directions])
-        c, bounded = _bounded(_minimizer(curvature, slopes, numerics.epsilon(p)), fisher, trust_radius, state.count)
+        c = _minimizer(curvature, slopes, _LARGEST_MOMENTUM * lengths[-1], numerics.epsilon(p))
+        c, bounded = _bounded(c, fisher, trust_radius, state.count)
         predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
         numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted, jnp.stack(lengths))])
         finite = jnp.all(jnp.isfinite(numbers)) & (jnp.sum(jnp.abs(c)) <= numerics.largest_number(updates))
@@ -126,13 +132,13 @@ def scale_by_quadratic_model(
             return as_float(batch.loss - batch.loss_at(new)), predicted + jnp.sum(c * (own_slopes - slopes))
 
         # Also after a step that was rejected: the same lambda would give the same step.
-        due = (state.count % _MEASURING_PERIOD == 0) | ((state.count > 0) & (state.coefficients[0] == 0))
+        due = (state.count < _FIRST_STEPS) | (state.count % _MEASURING_PERIOD == 0) | (state.coefficients[0] == 0)
         measured: Any = due if adaptive_damping else np.bool_(False)
         true, expected = numerics.cond(measured, measure, lambda: (state.true_reduction, predicted))
         epsilon = max(10 * numerics.epsilon(batch.loss), numerics.epsilon(batch.params))
         loss = jnp.abs(as_float(batch.loss))
         reliable = minimum & measured & (expected > epsilon * loss)
-        worse = reliable & (true < -jnp.maximum(expected, loss))
+        worse = reliable & (true < -epsilon * loss)
         accepted = minimum & ~worse & (~measured | jnp.isfinite(true))
         ratio = true / jnp.where(reliable, expected, 1)
         if adaptive_damping:
@@ -161,21 +167,22 @@ def _normalized(direction: Any) -> tuple[Any, jax.Array]:
     return jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), direction), length
 
 
-def _minimizer(curvature: jax.Array, slopes: jax.Array, epsilon: float) -> jax.Array:
-    """c with curvature c = slopes.
+def _minimizer(curvature: jax.Array, slopes: jax.Array, bound: jax.Array, epsilon: float) -> jax.Array:
+    """c with curvature c = slopes, or, where |c_2| would exceed its bound, the minimizer at the bound.
 
     The first direction alone, where two are parallel to working precision, or the model has no minimum in their plane.
     """
     diagonal = jnp.diagonal(curvature)
-    alone = jnp.zeros_like(slopes).at[0].set(slopes[0] / jnp.where(diagonal[0] == 0, 1, diagonal[0]))
+    first = jnp.where(diagonal[0] == 0, 1, diagonal[0])
     if len(slopes) == 1:
-        return alone
+        return slopes / first
     scale = lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))  # To a unit diagonal.
     b, correlation = scale * slopes, scale[0] * curvature[0, 1] * scale[1]
     determinant = 1 - jnp.square(correlation)
     one = ~(determinant > 100 * epsilon) | (diagonal[1] == 0)
-    both = scale * (b - correlation * b[::-1]) / jnp.where(one, 1, determinant)
-    return jnp.where(one, alone, both)
+    second = jnp.where(one, 0, scale[1] * (b[1] - correlation * b[0]) / jnp.where(one, 1, determinant))
+    second = jnp.clip(second, -bound, bound)
+    return jnp.stack([(slopes[0] - curvature[0, 1] * second) / first, second])
 
 
 def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -190,7 +197,8 @@ def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -
 def _adapted(damping: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
     """Lambda after a step with this ratio of true to predicted reduction, and with this share of lambda in <u, A u>."""
     smaller = jnp.where(ratio > 1.5, 0.5, jnp.where(ratio > 0.75, 0.95, 1))
-    return damping * jnp.where(ratio >= 0.25, jnp.where(share > 0.01, smaller, 1), 2)  # Twice for NaN, too.
+    larger = jnp.where(ratio >= 0, 2, 4)  # Four times for NaN, too.
+    return damping * jnp.where(ratio >= 0.25, jnp.where(share > 0.01, smaller, 1), larger)
 
 
 def _square(matrix: jax.Array, c: jax.Array) -> jax.Array:
