@@ -129,10 +129,10 @@ class QuadraticModel:
             if expected > 0:
                 share = self.damping * u @ u / (u @ damped @ u)
                 if true < 0.25 * expected:
-                    self.damping *= 2 if true >= 0 else 4
+                    self.damping *= 2 if true >= -0.01 * abs(loss(0 * u)) else 4
                 elif share > 0.01 and true > 0.75 * expected:
                     self.damping *= 0.5 if true > 1.5 * expected else 0.95
-                if true < 0:
+                if true < -0.01 * abs(loss(0 * u)):
                     u = 0 * u
         self.t, self.u = self.t + 1, u
         return u

@@ -25,6 +25,7 @@ from tnt_optax.state import QuadraticModelState, check_model_state, init_model_s
 # The loss at the new parameters is computed at each of the first steps, where lambda may be far off, then at every fifth.
 _FIRST_STEPS, _MEASURING_PERIOD = 20, 5
 _LARGEST_MOMENTUM = 1.0
+_LARGEST_RISE = 0.01  # Of the loss, relative to its size: a smaller one may be nothing but rounding errors.
 _DAMPING_RANGE = 1e-8, 1e8  # of lambda, times its initial value.
 
 
@@ -53,8 +54,8 @@ def scale_by_quadratic_model(
         about the loss; it is on the scale of the Fisher matrix's eigenvalues.
       adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt. At each of the first 20
         steps, then at every fifth, and after a rejected one, the loss is computed at the new parameters (a forward
-        pass, in `jax.lax.cond`). Where it rose, the step is rejected and lambda is multiplied by 4; where it fell by
-        less than 1/4 of what the model predicted, by 2; by more than 3/4, by 0.95; by more than 3/2, where lambda
+        pass, in `jax.lax.cond`). Where it rose by more than 1%, the step is rejected and lambda is multiplied by 4;
+        where it fell by less than 1/4 of what the model predicted, by 2; by more than 3/4, by 0.95; by more than 3/2, where lambda
         itself limits the step, by 1/2. It is not reduced where it contributes less than 1% to <u, A u>, not changed
         where the prediction is less than the rounding error of the loss, and stays within a factor of 1e8 of its
         initial value. With a `loss` that is linear in the outputs (a policy gradient) the comparison says nothing: pass
@@ -72,7 +73,7 @@ def scale_by_quadratic_model(
       `optax.partition` the model takes the other parameters as fixed.
 
       Where p is 0, so is the update. Where something is not finite, the model has no minimum, or the measured loss
-      rises, the step is rejected: the update is zero, it is counted, and the next one has no momentum.
+      rises by more than 1%, the step is rejected: the update is zero, it is counted, and the next has no momentum.
 
     Raises:
       ValueError: a number is out of its range. From `update`: `sampled_grads` is no `SampledGrad`, or a tree has
@@ -138,13 +139,13 @@ def scale_by_quadratic_model(
         epsilon = max(10 * numerics.epsilon(batch.loss), numerics.epsilon(batch.params))
         loss = jnp.abs(as_float(batch.loss))
         reliable = minimum & measured & (expected > epsilon * loss)
-        worse = reliable & (true < -epsilon * loss)
+        worse = reliable & ~(true >= -_LARGEST_RISE * loss)  # Also where it is NaN.
         accepted = minimum & ~worse & (~measured | jnp.isfinite(true))
         ratio = true / jnp.where(reliable, expected, 1)
         if adaptive_damping:
             share = damping * _square(squares, c) / _square(curvature, c)
             low, high = (as_float(initial_damping) * bound for bound in _DAMPING_RANGE)
-            damping = jnp.where(reliable, jnp.clip(_adapted(damping, ratio, share), low, high), damping)
+            damping = jnp.where(reliable, jnp.clip(_adapted(damping, ratio, share, worse), low, high), damping)
         u = jax.tree.map(lambda x: jnp.where(accepted, x, 0), u)
         return optax.tree.cast_like(u, updates), QuadraticModelState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -194,11 +195,10 @@ def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -
     return jnp.where(exceeds, jnp.abs(radius) * lax.rsqrt(jnp.where(exceeds, squared_norm, 1)), 1) * c, exceeds
 
 
-def _adapted(damping: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
+def _adapted(damping: jax.Array, ratio: jax.Array, share: jax.Array, worse: jax.Array) -> jax.Array:
     """Lambda after a step with this ratio of true to predicted reduction, and with this share of lambda in <u, A u>."""
     smaller = jnp.where(ratio > 1.5, 0.5, jnp.where(ratio > 0.75, 0.95, 1))
-    larger = jnp.where(ratio >= 0, 2, 4)  # Four times for NaN, too.
-    return damping * jnp.where(ratio >= 0.25, jnp.where(share > 0.01, smaller, 1), larger)
+    return damping * jnp.where(ratio >= 0.25, jnp.where(share > 0.01, smaller, 1), jnp.where(worse, 4, 2))
 
 
 def _square(matrix: jax.Array, c: jax.Array) -> jax.Array:

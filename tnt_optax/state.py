@@ -67,7 +67,7 @@ class QuadraticModelState(NamedTuple):
         the batch; for the last step whose prediction exceeded the rounding error of the loss.
       bounded_steps: the number of steps that the trust radius shortened.
       rejected_steps: the number of steps that were not finite, whose model had no minimum, or after which the measured
-        loss was higher: their update was zero.
+        loss was higher by more than 1%: their update was zero.
     """
 
     count: jax.Array
