@@ -117,7 +117,8 @@ class QuadraticModel:
         directions = [direction, self.u] if self.use_momentum and np.any(self.u) else [direction]
         basis = np.stack(directions, axis=1)
         self.coefficients = np.linalg.solve(basis.T @ damped @ basis, basis.T @ gradient)
-        if np.any(abs(self.coefficients[1:]) > 1):  # The minimizer over the directions with |c_2| <= 1.
+        # The minimizer over the directions with |c_2| <= 1.
+        if self.adaptive_damping and np.any(abs(self.coefficients[1:]) > 1):
             second = np.sign(self.coefficients[1])
             first = direction @ (gradient - second * damped @ self.u) / (direction @ damped @ direction)
             self.coefficients = np.array([first, second])

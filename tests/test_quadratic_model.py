@@ -454,8 +454,8 @@ def test_the_momentum_coefficient_is_at_most_one(sign):
     inputs, targets = np.diag([2.0, 0.2]), np.array([0.2, 20.0])
     params, p = jnp.zeros(2), np.array([1.0, 0.02])
     step = sign * np.array([0.1, 0.0])
-    _, grads, sampled_grads = value_and_grads(params, jnp.asarray(inputs), jnp.asarray(targets), KEY)
-    tx = scale_by_quadratic_model(adaptive_damping=False)
+    _, _, sampled_grads = value_and_grads(params, jnp.asarray(inputs), jnp.asarray(targets), KEY)
+    tx = scale_by_quadratic_model()
     state = tx.init(params)._replace(step=jnp.asarray(step, jnp.float32))
     updates, state = tx.update(jnp.asarray(p, jnp.float32), state, sampled_grads=sampled_grads)
     a, g = inputs.T @ inputs / 2 + 0.1 * np.eye(2), -inputs.T @ targets / 2
@@ -466,6 +466,12 @@ def test_the_momentum_coefficient_is_at_most_one(sign):
     assert abs(best[1]) == 1
     np.testing.assert_allclose(state.coefficients, best, atol=0.01)  # The mesh of the search.
     np.testing.assert_allclose(updates, p * best[0] + step * best[1], atol=0.01)
+    # Without the adaptation: the minimizer itself.
+    tx = scale_by_quadratic_model(adaptive_damping=False)
+    state = tx.init(params)._replace(step=jnp.asarray(step, jnp.float32))
+    updates, state = tx.update(jnp.asarray(p, jnp.float32), state, sampled_grads=sampled_grads)
+    assert abs(float(state.coefficients[1])) > 1
+    np.testing.assert_allclose(updates, np.linalg.solve(a, g), rtol=1e-3)  # Of two almost parallel directions.
 
 
 def test_lambda_stays_where_the_reduction_is_less_than_rounding_errors():

@@ -22,7 +22,7 @@ from tnt_optax.options import Number, NumberOrSchedule
 from tnt_optax.sampled_grad import check_sampled_grads
 from tnt_optax.state import QuadraticModelState, check_model_state, init_model_state
 
-# The loss at the new parameters is computed at each of the first steps, where lambda may be far off, then at every fifth.
+# The loss at the new parameters is measured at each of the first steps, when lambda may be far off, then at every 5th.
 _FIRST_STEPS, _MEASURING_PERIOD = 20, 5
 _LARGEST_MOMENTUM = 1.0
 _LARGEST_RISE = 0.01  # Of the loss, relative to its size: a smaller one may be nothing but rounding errors.
@@ -54,15 +54,16 @@ def scale_by_quadratic_model(
         about the loss; it is on the scale of the Fisher matrix's eigenvalues.
       adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt. At each of the first 20
         steps, then at every fifth, and after a rejected one, the loss is computed at the new parameters (a forward
-        pass, in `jax.lax.cond`). Where it rose by more than 1%, the step is rejected and lambda is multiplied by 4;
-        where it fell by less than 1/4 of what the model predicted, by 2; by more than 3/4, by 0.95; by more than 3/2, where lambda
-        itself limits the step, by 1/2. It is not reduced where it contributes less than 1% to <u, A u>, not changed
-        where the prediction is less than the rounding error of the loss, and stays within a factor of 1e8 of its
-        initial value. With a `loss` that is linear in the outputs (a policy gradient) the comparison says nothing: pass
-        False, and a `trust_radius`. False: lambda is `initial_damping`; 0 is allowed.
-      use_momentum: whether u_(t-1) is a direction, with a coefficient |c_2| <= 1: where batches are small, a larger one
-        is the difference of two large and almost parallel directions, which the next batch does not confirm. False: u
-        is a multiple of p, and the state holds no tree.
+        pass, in `jax.lax.cond`). Where it rose by more than 1%, the step is rejected and lambda is multiplied by 4.
+        Where it fell by less than 1/4 of what the model predicted, lambda is doubled; by more than 3/4, multiplied by
+        0.95; by more than 3/2, where lambda itself limits the step, halved. It is not reduced where it contributes less
+        than 1% to <u, A u>, not changed where the prediction is less than the rounding error of the loss, and stays
+        within a factor of 1e8 of its initial value. With a `loss` that is linear in the outputs (a policy gradient) the
+        comparison says nothing: pass False, and a `trust_radius`. False: lambda is `initial_damping`, 0 is allowed, and
+        u is the minimizer itself.
+      use_momentum: whether u_(t-1) is a direction. Its coefficient is at most 1 in size, unless `adaptive_damping` is
+        False: where batches are small, the minimizer may be the difference of two large and almost parallel directions,
+        which does not fit the next batch. False: u is a multiple of p, and the state holds no tree.
       trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u> exceeds r^2. To second order
         that is twice the KL divergence per example between the predictions before and after the step.
 
@@ -115,7 +116,8 @@ def scale_by_quadratic_model(
         fisher, squares = batch.fisher_products(directions), symmetric_products(directions, directions)
         curvature = fisher + batch.regularizer_products(directions) + damping * squares
         slopes = jnp.stack([inner_product(d, g) for d in directions])
-        c = _minimizer(curvature, slopes, _LARGEST_MOMENTUM * lengths[-1], numerics.epsilon(p))
+        momentum_bound = _LARGEST_MOMENTUM * lengths[-1] if adaptive_damping else jnp.inf
+        c = _minimizer(curvature, slopes, momentum_bound, numerics.epsilon(p))
         c, bounded = _bounded(c, fisher, trust_radius, state.count)
         predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
         numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted, jnp.stack(lengths))])
@@ -168,7 +170,7 @@ def _normalized(direction: Any) -> tuple[Any, jax.Array]:
     return jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), direction), length
 
 
-def _minimizer(curvature: jax.Array, slopes: jax.Array, bound: jax.Array, epsilon: float) -> jax.Array:
+def _minimizer(curvature: jax.Array, slopes: jax.Array, bound: Any, epsilon: float) -> jax.Array:
     """c with curvature c = slopes, or, where |c_2| would exceed its bound, the minimizer at the bound.
 
     The first direction alone, where two are parallel to working precision, or the model has no minimum in their plane.
