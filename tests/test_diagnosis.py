@@ -559,18 +559,18 @@ def adaptive_steps(tx, steps):
 
 
 def test_the_quadratic_model():
-    states, losses = adaptive_steps(adaptive_tnt(), 7)
+    states, losses = adaptive_steps(adaptive_tnt(), 23)
     assert float(diagnostics(adaptive_tnt().init({"w": jnp.ones(2)}))["quadratic_model/momentum"]) == 0
     for t, state in enumerate(states):
         values, model = diagnostics(state), state[1]
         assert int(values["quadratic_model/steps"]) == int(values["tnt/steps"]) == t + 1
         for index, name in enumerate(("learning_rate", "momentum")):
             assert float(values[f"quadratic_model/{name}"]) == float(model.coefficients[index])
-        measured = 5 * (t // 5)
+        measured = t if t < 20 else 5 * (t // 5)
         if measured + 1 < len(losses):
             # The reduction is what the next step sees, up to float32 rounding of the losses.
             reduction = losses[measured] - losses[measured + 1]
-            assert float(values["quadratic_model/true_reduction"]) == pytest.approx(reduction, rel=1e-3)
+            assert float(values["quadratic_model/true_reduction"]) == pytest.approx(reduction, rel=1e-3, abs=1e-6)
         if t == measured:
             ratio = values["quadratic_model/true_reduction"] / values["quadratic_model/predicted_reduction"]
             assert float(values["quadratic_model/reduction_ratio"]) == pytest.approx(float(ratio), rel=1e-6)
