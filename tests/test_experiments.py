@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("typer", reason="the examples need the extra `examples`")
 
-from experiments import command_line, data, report, runner, workloads
+from experiments import command_line, data, report, robustness, runner, workloads
 from experiments.models import conv3x3
 from experiments.optimizers import OPTIMIZERS, Optimizer
 from typer.testing import CliRunner
@@ -295,6 +295,22 @@ def test_faces_are_normalized(tmp_path):
     together = np.concatenate(faces).astype(np.float64)
     np.testing.assert_allclose(together.mean(axis=0), 0, atol=1e-5)
     assert np.mean(together**2) == pytest.approx(1, abs=1e-4)
+
+
+def test_what_counts_as_diverged():
+    falls, rises, poor = ({"initial": 3.0, "highest": h, "last": x} for h, x in ((2.0, 1.0), (3.1, 1.0), (2.0, 2.1)))
+    broken = {"initial": 3.0, "highest": None, "last": None}
+    assert robustness.diverged([falls, falls, falls, rises, poor, broken]) == 3
+    assert robustness.diverged([broken]) == 1
+
+
+def test_the_robustness_is_measured_once(registered, tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "SETTINGS", {"defaults": {}, "λ = 1": {"initial_model_damping": 1.0}})
+    monkeypatch.setitem(workloads.WORKLOADS, "line", workloads.Workload(functools.partial(line, examples=20), "", 4, 2))
+    robustness.main(["line"], seeds=3, fewer=2, out=tmp_path)
+    monkeypatch.setattr(robustness, "train", None)
+    robustness.main(["line"], out=tmp_path)
+    assert "| line | 0 of 3 | 0 of 2 |" in report.tables(tmp_path)["robustness"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,94 @@
+"""Whether `adaptive_tnt` diverges: many seeds with its defaults, a few with dampings ten times larger or smaller.
+
+A training has *diverged* where a loss is not finite, where the mean loss of five successive batches (a deterministic
+loss: each of them) is above that of the first batch, or where it ends above twice the median of the seeds.
+"""
+
+import inspect
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from rich.progress import track
+
+import tnt_optax
+from experiments import report, runner
+from experiments.optimizers import Optimizer
+from experiments.workloads import WORKLOADS, Problem
+
+STEPS, MEAN = 150, 5
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "ε = 0.1": {"damping": 0.1},
+    "ε = 0.001": {"damping": 0.001},
+    "λ = 1": {"initial_model_damping": 1.0},
+    "λ = 0.01": {"initial_model_damping": 0.01},
+}
+Numbers = dict[str, float]
+
+
+def train(workload: str, seeds: int, settings: dict[str, Any], options: dict[str, Any], about: str) -> list[Numbers]:
+    """The initial, the highest and the last loss of each seed; NaN where a loss is not finite."""
+
+    def make(factor: Any, problem: Problem) -> Any:
+        return tnt_optax.adaptive_tnt(factor, views=problem.views, **settings)
+
+    trainer, trainings = None, []
+    for seed in track(range(seeds), about):
+        problem = WORKLOADS[workload].make(seed, **options)
+        problem = problem._replace(test=jax.tree.map(lambda x: x[:1], problem.test))  # Its losses are not used.
+        trainer = trainer or runner.Trainer(problem, Optimizer(make, adaptive=True), False, MEAN)
+        run = trainer.train(problem, 1.0, seed, epochs=STEPS // MEAN, measured=problem.batch_size and 1)
+        losses = np.array(run["losses"])
+        means = losses.reshape(-1, MEAN).mean(axis=1) if problem.batch_size else losses
+        fails = "diverged_at" in run
+        trainings.append(
+            {
+                "initial": run["losses"][0],
+                "highest": math.nan if fails else float(means.max()),
+                "last": math.nan if fails else float(means[-1]),
+            }
+        )
+    return trainings
+
+
+def diverged(trainings: list[Numbers]) -> int:
+    numbers = np.array([list(training.values()) for training in trainings], float)
+    initial, highest, last = np.nan_to_num(numbers, nan=math.inf).T  # A null is NaN.
+    return int(np.sum(~((highest <= initial) & (last <= 2 * np.median(last)))))
+
+
+def main(
+    workloads: list[str],
+    seeds: Annotated[int, typer.Option(help="with the defaults")] = 20,
+    fewer: Annotated[int, typer.Option(help="seeds with other settings")] = 5,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the data, which is only read")] = None,
+    out: Annotated[Path, typer.Option(help="folder; what it has is not run again")] = Path("results"),
+) -> None:
+    """Trains WORKLOADS with `adaptive_tnt` for 150 steps each, and counts the trainings that diverge."""
+    runner.known(workloads, WORKLOADS, "workload")
+    path = out / "robustness.json"
+    content = json.loads(path.read_text()) if path.exists() else {"machine": report.machine(), "trainings": {}}
+    trainings = content["trainings"]
+    for name, (setting, values) in itertools.product(workloads, SETTINGS.items()):
+        if setting in (done := trainings.setdefault(name, {})):
+            continue
+        needs_data = "data_dir" in inspect.signature(WORKLOADS[name].make).parameters
+        options = {"data_dir": data_dir} if needs_data else {}
+        done[setting] = train(name, fewer if values else seeds, values, options, f"{name}, {setting}")
+        rows = [
+            [workload, *(f"{diverged(done[s])} of {len(done[s])}" if s in done else "" for s in SETTINGS)]
+            for workload, done in trainings.items()
+        ]
+        content["tables"] = {"robustness": report.markdown_table(["workload", *SETTINGS], rows)}
+        report.write_json(path, content)
+    report.show("robustness", content["tables"]["robustness"])
+
+
+if __name__ == "__main__":
+    typer.run(main)
