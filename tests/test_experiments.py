@@ -297,6 +297,19 @@ def test_faces_are_normalized(tmp_path):
     assert np.mean(together**2) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("losses", "share"), [([5, 3, 1, 0.5], "0.25"), ([5, 0.9, 1.1, 1], "0.38"), ([5, 1, 1, 2], "not")]
+)
+def test_the_race_is_to_a_loss_that_is_kept(losses, share):
+    def result(losses, seconds):
+        epochs = [{"train_loss": x, "seconds": seconds * i} for i, x in enumerate(losses)]
+        return {"runs": [{"epochs": epochs, "warm_start_seconds": 0.0}] * 3, "tuning": [None] * 5}
+
+    tables = report.comparison({"line": {"adaptive_tnt": result(losses, 1), "adamw": result([6, 1], 8)}})
+    assert f"| line | {share}" in tables["race"]
+    assert f"| line, train loss | {losses[-1]:.3g} (5) | 1 (5) |  |" in tables["comparison"]
+
+
 def test_what_counts_as_diverged():
     falls, rises, poor = ({"initial": 3.0, "highest": h, "last": x} for h, x in ((2.0, 1.0), (3.1, 1.0), (2.0, 2.1)))
     broken = {"initial": 3.0, "highest": None, "last": None}

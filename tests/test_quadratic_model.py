@@ -156,18 +156,21 @@ def test_it_is_conjugate_gradients_on_linear_least_squares(shapes):
 def test_behind_adam_with_weight_decay_and_a_schedule():
     """Any direction will do, and the factor behind the model leaves its momentum as it is."""
     value_and_grads = value_and_sampled_grad(network, Categorical())
-    tx = optax.chain(
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(1e-3),
-        scale_by_quadratic_model(),
-        optax.scale_by_learning_rate(optax.linear_schedule(1.0, 0.0, 40)),
-    )
-    params, state, losses = train(tx, value_and_grads, start(), 40)
+
+    def behind_adam(factor):
+        model = scale_by_quadratic_model()
+        decay = optax.add_decayed_weights(1e-3)
+        return optax.chain(optax.scale_by_adam(), decay, model, optax.scale_by_learning_rate(factor))
+
+    *_, losses = train(behind_adam(optax.linear_schedule(1.0, 0.0, 40)), value_and_grads, start(), 40)
     assert losses[-1] < 0.5 * losses[0]
-    _, grads, sampled_grads = value_and_grads(params, *batch(), KEY)
-    updates, state = tx.update(grads, state, params, sampled_grads=sampled_grads)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))  # The factor of step 41 is 0.
-    assert np.any(flat(model_state(state).step))
+    _, grads, sampled_grads = value_and_grads(start(), *batch(), KEY)
+    for factor in (0.0, 0.5):
+        tx = behind_adam(lambda count, factor=factor: factor)
+        updates, state = tx.update(grads, tx.init(start()), start(), sampled_grads=sampled_grads)
+        step = model_state(state).step
+        assert np.any(flat(step))
+        chex.assert_trees_all_equal(updates, jax.tree.map(lambda x, factor=factor: -factor * x, step))
 
 
 @pytest.mark.parametrize("radius", [0.1, optax.constant_schedule(0.1)], ids=["number", "schedule"])

@@ -14,6 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.workloads import WORKLOADS
+
 
 class UsageError(Exception):
     """What the user has to change."""
@@ -64,7 +66,9 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def tables(folder: Path) -> dict[str, str]:
     """The summary of each workload, and the `tables` that other programs wrote into their JSON files."""
-    found = {name: summary(of_workload) for name, of_workload in results(folder).items()}
+    of_workloads = results(folder)
+    found = {name: summary(of_workload) for name, of_workload in of_workloads.items()}
+    found |= comparison(of_workloads) if of_workloads else {}
     for path in sorted(folder.glob("*.json")):
         found |= json.loads(path.read_text()).get("tables", {})
     if not found:
@@ -83,15 +87,16 @@ def diverged(run: Mapping[str, Any]) -> bool:
     return "diverged_at" in run or last is None or not last <= first
 
 
+def median(values: Sequence[float]) -> float:
+    return float(np.median(values)) if len(values) else math.inf
+
+
 def summary(of_workload: Mapping[str, Mapping[str, Any]]) -> str:
     """Of each optimizer the medians over the seeds, the best last training loss first."""
     rows = []
     for name, result in of_workload.items():
         runs = [run for run in result["runs"] if not diverged(run)]
         bad = len(result["runs"]) - len(runs)
-
-        def median(values: Sequence[float]) -> float:
-            return float(np.median(values)) if len(values) else math.inf
 
         def at(key: str, share: float, runs: Any = runs) -> list[float]:
             return [run["epochs"][round(share * (len(run["epochs"]) - 1))][key] for run in runs]
@@ -116,6 +121,42 @@ def summary(of_workload: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 STANDARD = ("step", "seconds", "train_loss", "test_loss")
+PEERS = ("adaptive_tnt", "adamw", "muon", "sgdm", "soap", "lbfgs", "adam_quadratic_model")
+
+
+def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Two tables, a row for each workload.
+
+    `comparison`: the medians at the end of the trainings, and in brackets the number of tuning runs. `race`: the
+    seconds until `adaptive_tnt` reaches, and keeps, what a peer has at its end, as a share of the peer's seconds.
+    """
+    last, shares = [], []
+    for workload, of_workload in of_workloads.items():
+        key = WORKLOADS[workload].decisive if workload in WORKLOADS else "train_loss"
+        ours = of_workload[PEERS[0]]["runs"] if PEERS[0] in of_workload else []
+        finals, ratios = [], []
+        for peer in PEERS:
+            runs = of_workload[peer]["runs"] if peer in of_workload else []
+            final = median([math.inf if diverged(run) else run["epochs"][-1][key] for run in runs])
+            finals.append(f"{final:.3g} ({len(of_workload[peer]['tuning'])})" if runs else "")
+            ratio = median([seconds_to(final, key, run) for run in ours])
+            ratio /= median([run["epochs"][-1]["seconds"] for run in runs])
+            ratios.append("" if not (runs and ours) else "not reached" if ratio == math.inf else f"{ratio:.2f}")
+        name = workload.replace("_", " ")
+        last.append([f"{name}, {key.replace('_', ' ')}", *finals])
+        shares.append([name, *ratios[1:]])
+    columns = ["workload", *(peer.replace("_", " ") for peer in PEERS)]
+    return {"comparison": markdown_table(columns, last), "race": markdown_table([columns[0], *columns[2:]], shares)}
+
+
+def seconds_to(goal: float, key: str, run: Mapping[str, Any]) -> float:
+    """Until the first measurement from which on all are at the goal or below."""
+    seconds = math.inf
+    for epoch in reversed(run["epochs"]):
+        if epoch[key] is None or not epoch[key] <= goal:
+            break
+        seconds = run["warm_start_seconds"] + epoch["seconds"]
+    return seconds
 
 
 def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], log: bool) -> None:

@@ -63,6 +63,7 @@ class Workload(NamedTuple):
       falling: whether learning rates fall during a training, and the factor of `adaptive_tnt` in its last half.
       measured: the training loss is that of so many examples; None: of all.
       log: whether pictures have a logarithmic axis.
+      decisive: the number by which optimizers are compared, a loss or a metric of which less is better.
     """
 
     make: Callable[..., Problem]
@@ -73,6 +74,7 @@ class Workload(NamedTuple):
     falling: bool = False
     measured: int | None = None
     log: bool = False
+    decisive: str = "train_loss"
 
 
 WORKLOADS: dict[str, Workload] = {}
@@ -166,12 +168,24 @@ def error_rate(params: Any, logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) != labels, dtype=jnp.float32)
 
 
-@workload("ResNet-8 with BatchNorm on the digits, as images of 32x32", epochs=10, tuning_epochs=10, falling=True)
+@workload(
+    "ResNet-8 with BatchNorm on the digits, as images of 32x32",
+    epochs=10,
+    tuning_epochs=10,
+    falling=True,
+    decisive="test_error",
+)
 def digits_resnet(seed: int, blocks: int = 1, channels: int = 8) -> Problem:
     return classifier(data.digit_images(), lambda rngs: ResNet(blocks, channels, rngs=rngs), False, seed)
 
 
-@workload("ResNet with BatchNorm on CIFAR-10; 5 blocks: ResNet-32", epochs=8, tuning_epochs=2, falling=True)
+@workload(
+    "ResNet with BatchNorm on CIFAR-10; 5 blocks: ResNet-32",
+    epochs=8,
+    tuning_epochs=2,
+    falling=True,
+    decisive="test_error",
+)
 def cifar10(
     seed: int, data_dir: Path | None = None, blocks: int = 1, channels: int = 16, examples: int = 10_000
 ) -> Problem:
@@ -190,6 +204,7 @@ def cifar10(
     epoch_steps=50,
     falling=True,
     measured=256,
+    decisive="test_loss",
 )
 def transformer(
     seed: int,
@@ -275,7 +290,7 @@ def equation(residual: Callable[..., jax.Array], solution: Callable[[Any], Any],
     return Problem(layers, stateless(forward), lambda _: predictive, batch, batch, None, metrics={"l2_error": l2_error})
 
 
-PDE: dict[str, Any] = {"epochs": 20, "tuning_epochs": 10, "epoch_steps": 100, "log": True}
+PDE: dict[str, Any] = {"epochs": 20, "tuning_epochs": 10, "epoch_steps": 100, "log": True, "decisive": "l2_error"}
 
 
 @workload("-Laplace u = f on the unit square, u = sin(pi x) sin(pi y)", **PDE)
@@ -308,7 +323,7 @@ def image(seed: int, size: int = 64, frequencies: int = 64) -> Problem:
     return Problem(layers, forward, lambda _: Normal(variance=0.01), batch, batch, 512, metrics=psnr)
 
 
-@workload("progression of diabetes in 442 patients, standardized", epochs=30, tuning_epochs=30)
+@workload("progression of diabetes in 442 patients, standardized", epochs=30, tuning_epochs=30, decisive="test_loss")
 def diabetes(seed: int) -> Problem:
     features, target = data.diabetes()
     train, test = ((jnp.asarray(x), jnp.asarray(y)) for x, y in zip(features, target, strict=True))
