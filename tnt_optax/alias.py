@@ -131,7 +131,7 @@ def adaptive_tnt(
     damping: NumberOrSchedule = 0.01,
     statistics_decay: Number = 0.95,
     statistics_period: int | jax.Array = 1,
-    inverse_period: int | jax.Array = 5,
+    inverse_period: int | jax.Array = 10,
     weight_decay: Number = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     trust_radius: NumberOrSchedule | None = None,

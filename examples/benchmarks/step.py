@@ -76,7 +76,7 @@ def contenders(problem: Problem, plain: Callable[[], Problem]) -> dict[str, Call
         "TNT (1, 20), 20 parts": of(tnt, inverse_parts=20),
         "TNT (1, 20), 1/8 sampled": of(tnt, subsample=8),
         "TNT-EF (1, 20)": of(tnt, fisher="empirical"),
-        "adaptive TNT (1, 5)": of(adaptive, statistics_period=1, inverse_period=5),
+        "adaptive TNT (1, 10)": of(adaptive),
         "adaptive TNT (5, 20)": of(adaptive, statistics_period=5, inverse_period=20),
         "kfac-jax NaiveTNT (1, 20)": lambda: with_kfac_jax(plain()),
         "PSGD-Kron (1/20)": of(psgd),
