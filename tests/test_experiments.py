@@ -320,9 +320,15 @@ def test_what_counts_as_diverged():
 def test_the_robustness_is_measured_once(registered, tmp_path, monkeypatch):
     monkeypatch.setattr(robustness, "SETTINGS", {"defaults": {}, "λ = 1": {"initial_model_damping": 1.0}})
     monkeypatch.setitem(workloads.WORKLOADS, "line", workloads.Workload(functools.partial(line, examples=20), "", 4, 2))
-    robustness.main(["line"], seeds=3, fewer=2, out=tmp_path)
+    robustness.measure(["line"], seeds=3, fewer=2, out=tmp_path)
     monkeypatch.setattr(robustness, "train", None)
-    robustness.main(["line"], out=tmp_path)
+    robustness.measure(["line"], out=tmp_path)
+    trainings = json.loads((tmp_path / "robustness.json").read_text())["trainings"]["line"]["defaults"]
+    for seed, training in enumerate(trainings):
+        order = np.random.default_rng([seed, 0]).permutation(20)[:4]
+        first = np.mean(np.square(2 * np.asarray(line(seed, examples=20).train[0], np.float64)[order])) / 2
+        assert training["initial"] == pytest.approx(first, rel=1e-4)  # float32, written with six digits
+        assert training["last"] < 1e-6 * first < training["highest"] < first  # y = 2 x is fitted in a few steps.
     assert "| line | 0 of 3 | 0 of 2 |" in report.tables(tmp_path)["robustness"]
 
 

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import data, report, runner
+from experiments import data, report, robustness, runner
 from experiments.optimizers import OPTIMIZERS
 from experiments.workloads import WORKLOADS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app.command("robustness")(robustness.measure)
 
 
 @app.command("list")
@@ -48,7 +49,7 @@ def run(
     runner.known(names, OPTIMIZERS, "optimizer")
     what = WORKLOADS[workload]
     options = parsed(workload, option or [])
-    if "data_dir" in inspect.signature(what.make).parameters:
+    if what.needs_data:
         options["data_dir"] = data_dir
     elif data_dir:
         raise runner.UsageError(f"--data-dir: {workload} needs no data.")

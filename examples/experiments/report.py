@@ -121,7 +121,7 @@ def summary(of_workload: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 STANDARD = ("step", "seconds", "train_loss", "test_loss")
-PEERS = ("adaptive_tnt", "adamw", "muon", "sgdm", "soap", "lbfgs", "adam_quadratic_model")
+OURS, *PEERS = ("adaptive_tnt", "adamw", "muon", "sgdm", "soap", "lbfgs", "adam_quadratic_model")
 
 
 def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -133,20 +133,30 @@ def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     last, shares = [], []
     for workload, of_workload in of_workloads.items():
         key = WORKLOADS[workload].decisive if workload in WORKLOADS else "train_loss"
-        ours = of_workload[PEERS[0]]["runs"] if PEERS[0] in of_workload else []
-        finals, ratios = [], []
-        for peer in PEERS:
-            runs = of_workload[peer]["runs"] if peer in of_workload else []
-            final = median([math.inf if diverged(run) else run["epochs"][-1][key] for run in runs])
-            finals.append(f"{final:.3g} ({len(of_workload[peer]['tuning'])})" if runs else "")
-            ratio = median([seconds_to(final, key, run) for run in ours])
-            ratio /= median([run["epochs"][-1]["seconds"] for run in runs])
-            ratios.append("" if not (runs and ours) else "not reached" if ratio == math.inf else f"{ratio:.2f}")
-        name = workload.replace("_", " ")
-        last.append([f"{name}, {key.replace('_', ' ')}", *finals])
-        shares.append([name, *ratios[1:]])
-    columns = ["workload", *(peer.replace("_", " ") for peer in PEERS)]
-    return {"comparison": markdown_table(columns, last), "race": markdown_table([columns[0], *columns[2:]], shares)}
+        runs = {name: of_workload[name]["runs"] if name in of_workload else [] for name in (OURS, *PEERS)}
+        finals = {
+            name: median([math.inf if diverged(run) else run["epochs"][-1][key] for run in of_name])
+            for name, of_name in runs.items()
+        }
+
+        def end(name: str, of_workload: Any = of_workload, finals: Any = finals) -> str:
+            return f"{finals[name]:.3g} ({len(of_workload[name]['tuning'])})" if name in of_workload else ""
+
+        def share(peer: str, key: str = key, runs: Any = runs, finals: Any = finals) -> str:
+            if not (runs[peer] and runs[OURS]):
+                return ""
+            seconds = median([seconds_to(finals[peer], key, run) for run in runs[OURS]])
+            seconds /= median([run["epochs"][-1]["seconds"] for run in runs[peer]])
+            return "not reached" if seconds == math.inf else f"{seconds:.2f}"
+
+        title = workload.replace("_", " ")
+        last.append([f"{title}, {key.replace('_', ' ')}", *map(end, (OURS, *PEERS))])
+        shares.append([title, *map(share, PEERS)])
+    peers = [peer.replace("_", " ") for peer in PEERS]
+    return {
+        "comparison": markdown_table(["workload", OURS.replace("_", " "), *peers], last),
+        "race": markdown_table(["workload", *peers], shares),
+    }
 
 
 def seconds_to(goal: float, key: str, run: Mapping[str, Any]) -> float:

@@ -4,7 +4,6 @@ A training has *diverged* where a loss is not finite, where the mean loss of fiv
 loss: each of them) is above that of the first batch, or where it ends above twice the median of the seeds.
 """
 
-import inspect
 import itertools
 import json
 import math
@@ -41,9 +40,10 @@ def train(workload: str, seeds: int, settings: dict[str, Any], options: dict[str
     trainer, trainings = None, []
     for seed in track(range(seeds), about):
         problem = WORKLOADS[workload].make(seed, **options)
-        problem = problem._replace(test=jax.tree.map(lambda x: x[:1], problem.test))  # Its losses are not used.
+        # The losses of the steps suffice: others are those of one example.
+        problem = problem._replace(test=jax.tree.map(lambda x: x[:1], problem.test))
         trainer = trainer or runner.Trainer(problem, Optimizer(make, adaptive=True), False, MEAN)
-        run = trainer.train(problem, 1.0, seed, epochs=STEPS // MEAN, measured=problem.batch_size and 1)
+        run = trainer.train(problem, 1.0, seed, epochs=STEPS // MEAN, measured=1)
         losses = np.array(run["losses"])
         means = losses.reshape(-1, MEAN).mean(axis=1) if problem.batch_size else losses
         fails = "diverged_at" in run
@@ -63,7 +63,7 @@ def diverged(trainings: list[Numbers]) -> int:
     return int(np.sum(~((highest <= initial) & (last <= 2 * np.median(last)))))
 
 
-def main(
+def measure(
     workloads: list[str],
     seeds: Annotated[int, typer.Option(help="with the defaults")] = 20,
     fewer: Annotated[int, typer.Option(help="seeds with other settings")] = 5,
@@ -72,14 +72,19 @@ def main(
 ) -> None:
     """Trains WORKLOADS with `adaptive_tnt` for 150 steps each, and counts the trainings that diverge."""
     runner.known(workloads, WORKLOADS, "workload")
-    path = out / "robustness.json"
+    with runner.exclusive(out):
+        content = fill(out / "robustness.json", workloads, seeds, fewer, data_dir)
+    report.show("robustness", content["tables"]["robustness"])
+
+
+def fill(path: Path, workloads: list[str], seeds: int, fewer: int, data_dir: Path | None) -> dict[str, Any]:
+    """Runs what is not in the file yet, writes it after every setting, and returns its content."""
     content = json.loads(path.read_text()) if path.exists() else {"machine": report.machine(), "trainings": {}}
     trainings = content["trainings"]
     for name, (setting, values) in itertools.product(workloads, SETTINGS.items()):
         if setting in (done := trainings.setdefault(name, {})):
             continue
-        needs_data = "data_dir" in inspect.signature(WORKLOADS[name].make).parameters
-        options = {"data_dir": data_dir} if needs_data else {}
+        options = {"data_dir": data_dir} if WORKLOADS[name].needs_data else {}
         done[setting] = train(name, fewer if values else seeds, values, options, f"{name}, {setting}")
         rows = [
             [workload, *(f"{diverged(done[s])} of {len(done[s])}" if s in done else "" for s in SETTINGS)]
@@ -87,8 +92,4 @@ def main(
         ]
         content["tables"] = {"robustness": report.markdown_table(["workload", *SETTINGS], rows)}
         report.write_json(path, content)
-    report.show("robustness", content["tables"]["robustness"])
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return content

@@ -5,6 +5,7 @@ itself with `@workload(...)`. `python -m experiments list` shows all of them.
 """
 
 import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,10 @@ class Workload(NamedTuple):
     measured: int | None = None
     log: bool = False
     decisive: str = "train_loss"
+
+    @property
+    def needs_data(self) -> bool:
+        return "data_dir" in inspect.signature(self.make).parameters
 
 
 WORKLOADS: dict[str, Workload] = {}
@@ -173,6 +178,7 @@ def error_rate(params: Any, logits: jax.Array, labels: jax.Array) -> jax.Array:
     epochs=10,
     tuning_epochs=10,
     falling=True,
+    log=True,
     decisive="test_error",
 )
 def digits_resnet(seed: int, blocks: int = 1, channels: int = 8) -> Problem:
