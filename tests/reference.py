@@ -105,7 +105,7 @@ class QuadraticModel:
 
     def __init__(self, size, *, damping=0.1, adaptive_damping=True, use_momentum=True):
         self.damping, self.adaptive_damping, self.use_momentum = damping, adaptive_damping, use_momentum
-        self.t, self.u = 0, np.zeros(size)
+        self.t, self.u, self.slope = 0, np.zeros(size), 0.0
 
     def step(self, direction, gradient, curvature, loss=None, own_gradient=None):
         """u for the direction p and the gradient g.
@@ -117,11 +117,13 @@ class QuadraticModel:
         directions = [direction, self.u] if self.use_momentum and np.any(self.u) else [direction]
         basis = np.stack(directions, axis=1)
         self.coefficients = np.linalg.solve(basis.T @ damped @ basis, basis.T @ gradient)
-        # The minimizer over the directions with |c_2| <= 1.
-        if self.adaptive_damping and np.any(abs(self.coefficients[1:]) > 1):
-            second = np.sign(self.coefficients[1])
-            first = direction @ (gradient - second * damped @ self.u) / (direction @ damped @ direction)
-            self.coefficients = np.array([first, second])
+        # The minimizer over the directions with |c_2| <= the share of the last slope that this batch confirms, or 1/4.
+        if self.adaptive_damping and len(directions) > 1:
+            share = np.clip((gradient @ self.u + self.u @ curvature @ self.u) / self.slope, 0.25, 1)
+            if abs(self.coefficients[1]) > share:
+                second = share * np.sign(self.coefficients[1])
+                first = direction @ (gradient - second * damped @ self.u) / (direction @ damped @ direction)
+                self.coefficients = np.array([first, second])
         u = basis @ self.coefficients
         self.predicted = gradient @ u - u @ damped @ u / 2
         if self.adaptive_damping and (self.t < 20 or self.t % 5 == 0 or not np.any(self.u)):
@@ -135,5 +137,5 @@ class QuadraticModel:
                     self.damping *= 0.5 if true > 1.5 * expected else 0.95
                 if true < -0.01 * abs(loss(0 * u)):
                     u = 0 * u
-        self.t, self.u = self.t + 1, u
+        self.t, self.u, self.slope = self.t + 1, u, gradient @ u
         return u

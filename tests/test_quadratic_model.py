@@ -452,24 +452,30 @@ def test_a_step_that_raises_the_loss_by_more_than_one_percent_is_rejected(start,
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_momentum_coefficient_is_at_most_one(sign):
+@pytest.mark.parametrize(("share", "bound"), [(2.0, 1.0), (0.5, 0.5), (0.1, 0.25), (-1.0, 0.25)])
+def test_the_momentum_coefficient_is_at_most_the_confirmed_share_of_the_slope(sign, share, bound):
     """Two almost parallel directions, whose minimizer is a large difference of both: against a search in float64."""
     value_and_grads = value_and_sampled_grad(lambda p, x: x @ p, Normal())
     inputs, targets = np.diag([2.0, 0.2]), np.array([0.2, 20.0])
     params, p = jnp.zeros(2), np.array([1.0, 0.2])
     step = sign * np.array([0.1, 0.0])
     _, _, sampled_grads = value_and_grads(params, jnp.asarray(inputs), jnp.asarray(targets), KEY)
+    fisher, g = inputs.T @ inputs / 2, -inputs.T @ targets / 2
+    # The slope of the batch before along the step, of which this batch confirms the share.
+    slope = np.float32((g @ step + step @ fisher @ step) / share)
+    start = lambda tx: tx.init(params)._replace(step=jnp.asarray(step, jnp.float32), slope=jnp.asarray(slope))  # noqa: E731
     tx = scale_by_quadratic_model()
-    state = tx.init(params)._replace(step=jnp.asarray(step, jnp.float32))
-    updates, state = tx.update(jnp.asarray(p, jnp.float32), state, sampled_grads=sampled_grads)
-    a, g = inputs.T @ inputs / 2 + 0.1 * np.eye(2), -inputs.T @ targets / 2
-    c = np.stack(np.meshgrid(np.linspace(-20, 20, 4001), np.linspace(-1, 1, 201), indexing="ij"))
+    updates, state = tx.update(jnp.asarray(p, jnp.float32), start(tx), sampled_grads=sampled_grads)
+    a, bound = fisher + 0.1 * np.eye(2), bound if slope > 0 else 0.25
+    c = np.stack(np.meshgrid(np.linspace(-20, 20, 4001), np.linspace(-bound, bound, 201), indexing="ij"))
     u = np.tensordot(np.stack([p, step], axis=1), c, axes=1)
     model = -np.tensordot(g, u, axes=1) + np.einsum("i...,ij,j...->...", u, a, u) / 2
     best = c[(slice(None), *np.unravel_index(np.argmin(model), model.shape))]
-    assert abs(best[1]) == 1
+    assert abs(best[1]) == bound
     np.testing.assert_allclose(state.coefficients, best, atol=0.01)  # The mesh of the search.
     np.testing.assert_allclose(updates, p * best[0] + step * best[1], atol=0.01)
+    # The slope that the next batch is compared with.
+    np.testing.assert_allclose(state.slope, g @ updates, rtol=1e-5)  # float32
     # Without the adaptation: the minimizer itself.
     tx = scale_by_quadratic_model(adaptive_damping=False)
     state = tx.init(params)._replace(step=jnp.asarray(step, jnp.float32))

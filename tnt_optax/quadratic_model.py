@@ -24,7 +24,7 @@ from tnt_optax.state import QuadraticModelState, check_model_state, init_model_s
 
 # The loss at the new parameters is measured at each of the first steps, when lambda may be far off, then at every 5th.
 _FIRST_STEPS, _MEASURING_PERIOD = 20, 5
-_LARGEST_MOMENTUM = 1.0
+_MOMENTUM_RANGE = 0.25, 1.0  # of the bound of the momentum.
 _LARGEST_RISE = 0.01  # Of the loss, relative to its size: a smaller one may be nothing but rounding errors.
 _DAMPING_RANGE = 1e-8, 1e8  # of lambda, times its initial value.
 
@@ -114,9 +114,11 @@ def scale_by_quadratic_model(
         # Directions of length 1, so that no product over- or underflows because of theirs.
         directions, lengths = zip(*map(_normalized, [p, state.step] if use_momentum else [p]), strict=True)
         fisher, squares = batch.fisher_products(directions), symmetric_products(directions, directions)
-        curvature = fisher + batch.regularizer_products(directions) + damping * squares
+        undamped = fisher + batch.regularizer_products(directions)
+        curvature = undamped + damping * squares
         slopes = jnp.stack([inner_product(d, g) for d in directions])
-        momentum_bound = _LARGEST_MOMENTUM * lengths[-1] if adaptive_damping else jnp.inf
+        slope_before = (slopes[-1] + undamped[-1, -1] * lengths[-1]) * lengths[-1]
+        momentum_bound = _largest_momentum(slope_before, state.slope) * lengths[-1] if adaptive_damping else jnp.inf
         c = _minimizer(curvature, slopes, momentum_bound, numerics.epsilon(p))
         c, bounded = _bounded(c, fisher, trust_radius, state.count)
         predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
@@ -153,6 +155,7 @@ def scale_by_quadratic_model(
             count=jnp.asarray(optax.safe_increment(state.count)),
             step=u if use_momentum else None,
             damping=damping,
+            slope=jnp.where(accepted, jnp.sum(c * slopes), 0),
             coefficients=jnp.where(accepted, c / jnp.where(jnp.stack(lengths) > 0, jnp.stack(lengths), 1), 0),
             predicted_reduction=jnp.where(accepted, predicted, 0),
             true_reduction=jnp.where(measured & accepted, true, state.true_reduction),
@@ -186,6 +189,16 @@ def _minimizer(curvature: jax.Array, slopes: jax.Array, bound: Any, epsilon: flo
     second = jnp.where(one, 0, scale[1] * (b[1] - correlation * b[0]) / jnp.where(one, 1, determinant))
     second = jnp.clip(second, -bound, bound)
     return jnp.stack([(slopes[0] - curvature[0, 1] * second) / first, second])
+
+
+def _largest_momentum(slope: jax.Array, before: jax.Array) -> jax.Array:
+    """The share of the last batch's slope along the last step that this batch confirms, but at least a quarter.
+
+    `slope` is that of this batch's model at the parameters before the step, if the whole step was taken. The share is 1
+    without noise, and about 0 where the step followed nothing but the noise of its batch.
+    """
+    confirmed = jnp.where(before > 0, slope / jnp.where(before > 0, before, 1), 0)
+    return jnp.clip(confirmed, *_MOMENTUM_RANGE)
 
 
 def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:

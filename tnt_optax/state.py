@@ -59,6 +59,7 @@ class QuadraticModelState(NamedTuple):
       step: a tree like the parameters, in float32 or better: u_(t-1), the step before; zeros where there is none. None
         with `use_momentum=False`.
       damping: lambda, for the next step.
+      slope: of the loss of the batch along the last step, <g, u>, with which the next batch is compared.
       coefficients: of p_t and u_(t-1) in the last step, of shape (2,), or (1,) with `use_momentum=False`: its learning
         rate and its momentum.
       predicted_reduction: of the loss of the batch by the last step, -M(-u).
@@ -73,6 +74,7 @@ class QuadraticModelState(NamedTuple):
     count: jax.Array
     step: Any
     damping: jax.Array
+    slope: jax.Array
     coefficients: jax.Array
     predicted_reduction: jax.Array
     true_reduction: jax.Array
@@ -95,9 +97,9 @@ def init_model_state(params: optax.Params, damping: jax.Array, use_momentum: boo
     step = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=float32_or_better(x)), params) if use_momentum else None
     counters = [jnp.zeros([], jnp.int32) for _ in range(3)]
     coefficients = as_float(jnp.zeros(2 if use_momentum else 1))
-    reductions = [as_float(jnp.zeros([])) for _ in range(3)]
+    slope, *reductions = (as_float(jnp.zeros([])) for _ in range(4))
     # A copy: donating the state must not delete an array that the caller passed as damping.
-    return QuadraticModelState(counters[0], step, jnp.array(damping), coefficients, *reductions, *counters[1:])
+    return QuadraticModelState(counters[0], step, jnp.array(damping), slope, coefficients, *reductions, *counters[1:])
 
 
 _OTHER_STATE = "Is it the state of another optimizer, or of tnt_optax 0.1, whose states cannot be used any more?"

@@ -1,6 +1,7 @@
 """Trains workloads with optimizers, and makes tables and pictures of the results. (`gpu --help`: what a GPU runs.)"""
 
 import inspect
+import itertools
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,18 +110,21 @@ def parsed(workload: str, texts: list[str]) -> dict[str, Any]:
 @app.command("report")
 def make_report(
     folder: Annotated[Path, typer.Argument(help="of results")] = Path("results"),
-    pages: Annotated[list[Path] | None, typer.Option("--page", help="whose tables are replaced")] = None,
+    pages: Annotated[
+        list[Path] | None, typer.Option("--page", help="page, or folder of pages, whose tables are replaced")
+    ] = None,
 ) -> None:
     """Draws a picture of each workload beside its results, and prints its table or puts it into pages."""
-    tables = report.tables(folder)
-    for name, of_workload in report.results(folder).items():
+    tables, of_workloads = report.tables(folder), report.results(folder)
+    for name, of_workload in of_workloads.items():
         workload = WORKLOADS.get(name)
         log = workload is None or workload.log
         report.plot(folder / f"{name}.png", f"{name}: {workload.about}" if workload else name, of_workload, log)
+    report.overview(folder / "overview.png", of_workloads)
     print(f"The pictures are {folder}/*.png.")
     for name, table in tables.items() if not pages else ():
         report.show(name, table)
-    for page in pages or []:
+    for page in itertools.chain.from_iterable(x.rglob("*.md") if x.is_dir() else [x] for x in pages or []):
         page.write_text(report.filled(page, tables))
 
 

@@ -124,6 +124,16 @@ STANDARD = ("step", "seconds", "train_loss", "test_loss")
 OURS, *PEERS = ("adaptive_tnt", "adamw", "muon", "sgdm", "soap", "lbfgs", "adam_quadratic_model")
 
 
+def decisive(workload: str) -> str:
+    """The number by which a workload's optimizers are compared."""
+    return WORKLOADS[workload].decisive if workload in WORKLOADS else "train_loss"
+
+
+def final(result: Mapping[str, Any], key: str) -> float:
+    """The median over the seeds at the end of the trainings; infinite for those that diverged."""
+    return median([math.inf if diverged(run) else run["epochs"][-1][key] for run in result["runs"]])
+
+
 def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Two tables, a row for each workload.
 
@@ -132,21 +142,18 @@ def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """
     last, shares = [], []
     for workload, of_workload in of_workloads.items():
-        key = WORKLOADS[workload].decisive if workload in WORKLOADS else "train_loss"
-        runs = {name: of_workload[name]["runs"] if name in of_workload else [] for name in (OURS, *PEERS)}
-        finals = {
-            name: median([math.inf if diverged(run) else run["epochs"][-1][key] for run in of_name])
-            for name, of_name in runs.items()
-        }
+        key = decisive(workload)
 
-        def end(name: str, of_workload: Any = of_workload, finals: Any = finals) -> str:
-            return f"{finals[name]:.3g} ({len(of_workload[name]['tuning'])})" if name in of_workload else ""
+        def end(name: str, of_workload: Any = of_workload, key: str = key) -> str:
+            result = of_workload.get(name)
+            return f"{final(result, key):.3g} ({len(result['tuning'])})" if result else ""
 
-        def share(peer: str, key: str = key, runs: Any = runs, finals: Any = finals) -> str:
-            if not (runs[peer] and runs[OURS]):
+        def share(peer: str, of_workload: Any = of_workload, key: str = key) -> str:
+            if not (peer in of_workload and OURS in of_workload):
                 return ""
-            seconds = median([seconds_to(finals[peer], key, run) for run in runs[OURS]])
-            seconds /= median([run["epochs"][-1]["seconds"] for run in runs[peer]])
+            goal = final(of_workload[peer], key)
+            seconds = median([seconds_to(goal, key, run) for run in of_workload[OURS]["runs"]])
+            seconds /= median([run["epochs"][-1]["seconds"] for run in of_workload[peer]["runs"]])
             return "not reached" if seconds == math.inf else f"{seconds:.2f}"
 
         title = workload.replace("_", " ")
@@ -157,6 +164,34 @@ def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "comparison": markdown_table(["workload", OURS.replace("_", " "), *peers], last),
         "race": markdown_table(["workload", *peers], shares),
     }
+
+
+def overview(path: Path, of_workloads: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row for each workload: what the optimizers have at the end of a training, divided by what tuned AdamW has."""
+    import matplotlib.pyplot as plt
+
+    shown = [(name, results) for name, results in of_workloads.items() if {OURS, "adamw"} <= results.keys()]
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.4 * len(shown)), layout="constrained")
+    for index, optimizer in enumerate((*PEERS, OURS)):
+        rows, values, tuned = [], [], False
+        for row, (name, results) in enumerate(shown):
+            if optimizer in results:
+                rows.append(row)
+                values.append(final(results[optimizer], decisive(name)) / final(results["adamw"], decisive(name)))
+                tuned |= bool(results[optimizer]["tuning"])
+        ours = optimizer == OURS
+        style = {"color": "black", "s": 90, "marker": "D"} if ours else {"color": f"C{index}", "s": 45}
+        label = optimizer.replace("_", " ") + (", tuned" if tuned else ", not tuned")
+        axis.scatter(values, rows, label=label if rows else None, zorder=2 if ours else 3, **style)
+    axis.set(xscale="log", xlabel="loss or error at the end, divided by that of tuned AdamW (less is better)")
+    titles = [f"{name} ({decisive(name)})".replace("_", " ") for name, _ in shown]
+    axis.set_yticks(range(len(shown)), titles)
+    axis.invert_yaxis()
+    axis.axvline(1, color="grey", linewidth=1)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def seconds_to(goal: float, key: str, run: Mapping[str, Any]) -> float:
