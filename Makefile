@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo bench paper test test-all lint clean help
+.PHONY: demo bench paper test test-all lint docs clean help
 
 help:
 	@echo "make demo   train an autoencoder with adaptive TNT, untuned, beside tuned optimizers (ARGS=--help for options)"
@@ -11,6 +11,7 @@ help:
 	@echo "make paper  the paper's experiments in small: autoencoders, Figure 1, classification, Theorem 1, Table 1"
 	@echo "make test   run the tests (make test-all: the long ones too)"
 	@echo "make lint   ruff and pyright"
+	@echo "make docs   the site, in docs/_build/html; warnings are errors"
 	@echo "make clean  remove the environment and what the programs wrote"
 
 # The packages `experiments` and `benchmarks` stand in examples/.
@@ -42,6 +43,9 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html $(ARGS)
+
 # Each environment's file says that it is complete; they build on one another.
 $(VENV)/examples: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -54,6 +58,10 @@ $(VENV)/bench: $(VENV)/examples
 	$(BIN)/python -m pip install --quiet --editable '.[examples,bench]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/examples
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(VENV)/test: $(VENV)/examples
 	$(BIN)/python -m pip install --quiet --editable '.[examples,test]'
 	touch $@
@@ -63,4 +71,4 @@ $(VENV)/dev: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) results dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) results dist docs/_build .pytest_cache .ruff_cache

@@ -11,7 +11,7 @@ import pytest
 import tnt_optax
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def programs():
@@ -19,7 +19,7 @@ def programs():
         text = page.read_text()
         for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             line = text[: match.start()].count("\n") + 2
-            yield pytest.param(page, line, match.group(1), id=f"{page.name}:{line}")
+            yield pytest.param(page, line, match.group(1), id=f"{page.relative_to(ROOT)}:{line}")
 
 
 @pytest.mark.parametrize(("page", "line", "source"), list(programs()))
@@ -45,20 +45,24 @@ def test_the_tables_are_those_of_the_committed_results():
         )
 
 
-def test_the_readme_has_the_arguments_of_tnt():
-    (table,) = re.findall(r"^## Arguments of `tnt`$(.*?)^`scale_by_tnt`", (ROOT / "README.md").read_text(), re.M | re.S)
+def test_the_page_on_hyperparameters_has_the_arguments_of_tnt():
+    text = (ROOT / "docs/guide/hyperparameters.md").read_text()
+    (table,) = re.findall(r"^## Arguments of `tnt`$(.*?)^`scale_by_tnt`", text, re.M | re.S)
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\| `?([^|`]+)`? \|", table, re.MULTILINE)
     parameters = inspect.signature(tnt_optax.tnt).parameters.values()
     assert [(name, ast.literal_eval(default)) for name, default in rows] == [(p.name, p.default) for p in parameters]
 
 
-def test_the_page_of_the_api_has_all_public_names():
-    names = re.findall(r"^::: tnt_optax\.(.*)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+def test_the_reference_has_all_public_names():
+    pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    names = re.findall(r"^\.\. auto\w+:: tnt_optax\.(.*)$", pages, re.MULTILINE)
     assert sorted(names) == sorted([*tnt_optax.__all__, "linen.TrainState"])
+    (index,) = [page.read_text() for page in (ROOT / "docs/api").glob("index.md")]
+    assert set(re.findall(r"`~tnt_optax\.([\w.]+)`", index)) == set(names)
 
 
 def test_the_page_on_the_design_has_all_modules_above_those_that_import_them():
-    text = (ROOT / "docs/design.md").read_text()
+    text = (ROOT / "docs/development/design.md").read_text()
     listed = re.findall(r"^\| `(\w+)\.py` \|", text, re.MULTILINE)
     files = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "tnt_optax").glob("*.py")}
     assert sorted(listed) == sorted(files.keys() - {"__init__"})
@@ -76,8 +80,10 @@ def anchors(page):
 
 
 def test_links_lead_somewhere():
+    """On the repository's own pages too; `make docs` checks those of the site."""
     for page in PAGES:
-        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
             if "://" not in target:
                 place = page.parent / target if target else page
                 assert place.exists(), f"{page.name} links to {target}"

@@ -1,8 +1,8 @@
 """Fresh processes that refresh stacked inverses of several sizes in one program, which must never hang.
 
 Batched LAPACK calls of several sizes in one jitted function deadlock XLA's CPU backend in about half of all runs
-(docs/design.md says how the library avoids them). If they did here, the run of `make test` would pass once in 2
-times, and the 36 of `make test-all`, of which 12 are on a mesh whose devices share the threads, never.
+(docs/development/design.md says how the library avoids them). If they did here, the run of `make test` would pass once
+in 2 times, and the 36 of `make test-all`, of which 12 are on a mesh whose devices share the threads, never.
 """
 
 import subprocess

@@ -35,14 +35,31 @@ def tnt(
     inverse_parts: int | None = None,
     inverse_axis: sharding.AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Tensor Normal Training (Ren & Goldfarb, 2021; Algorithm 3): W <- W - learning_rate * (p + weight_decay * W).
+    r"""Tensor Normal Training (Ren and Goldfarb, 2021; Algorithm 3), with a learning rate.
 
-    p is the momentum, multiplied along each mode of every parameter tensor by the inverse of a factor of its Fisher
-    matrix. The factors are estimated from `sampled_grads`, the gradient for targets sampled from the model, which
-    `value_and_sampled_grad` returns:
+    The direction p is the momentum m, multiplied along each mode of every parameter tensor by the inverse of a factor
+    of its Fisher matrix:
 
-    >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
-    >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+    .. math::
+
+      m \leftarrow \mu m + g, \qquad p = m \times_1 (U_1 + \epsilon I)^{-1} \cdots \times_k (U_k + \epsilon I)^{-1},
+      \qquad W \leftarrow W - \alpha (p + \gamma W).
+
+    The factors U_i (Eq. (5)) are estimated from `sampled_grads`, the gradient for targets sampled from the model, which
+    `value_and_sampled_grad` returns.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, tnt_optax
+      >>> forward = lambda params, inputs: inputs @ params
+      >>> value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical())
+      >>> tx = tnt_optax.tnt(0.03, damping=0.1, trust_radius=0.1)
+      >>> params, labels = jnp.zeros((4, 3)), jnp.array([0, 1, 2, 0])
+      >>> opt_state = tx.init(params)
+      >>> loss, grads, sampled_grads = value_and_grads(params, jnp.eye(4), labels, jax.random.key(0))
+      >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+      >>> params = optax.apply_updates(params, updates)
+      >>> bool(value_and_grads(params, jnp.eye(4), labels, jax.random.key(1))[0] < loss)
+      True
 
     Args:
       learning_rate: alpha; a number, a schedule of the step, or None for the direction p + weight_decay * W alone,
@@ -95,6 +112,9 @@ def tnt(
         shape than the gradients; the state is of other `views`; `inverse_axis` is not an axis of the current mesh.
       TypeError: an argument has a wrong type, or (from `init` and `update`) a parameter is not real and floating, or
         (from `update`) the state is not one of this optimizer.
+
+    References:
+      Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
     """
     if learning_rate is not None:
         checks.check_number("learning_rate", learning_rate, schedule=True)
@@ -143,15 +163,29 @@ def adaptive_tnt(
     inverse_parts: int | None = None,
     inverse_axis: sharding.AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """TNT without a learning rate: W <- W - learning_rate * (u + weight_decay * W).
+    r"""TNT without a learning rate.
 
-    u minimizes the exact quadratic model of the batch in the span of TNT's direction (`scale_by_tnt` without momentum)
-    and the step before: see `scale_by_quadratic_model`. Nothing has to be tuned:
+    The step u minimizes the exact quadratic model of the batch in the span of TNT's direction p (`scale_by_tnt` without
+    momentum) and the step before (`scale_by_quadratic_model`). Nothing has to be tuned.
 
-    >>> value_and_grads = value_and_sampled_grad(forward, Categorical())
-    >>> tx = adaptive_tnt()
-    >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
-    >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+    .. math::
+
+      u_t = c_1 p_t + c_2 u_{t-1}, \qquad W \leftarrow W - \tau (u_t + \gamma W),
+
+    with the factor tau, `learning_rate`, which is 1 by default.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, tnt_optax
+      >>> forward = lambda params, inputs: inputs @ params
+      >>> value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical())
+      >>> tx = tnt_optax.adaptive_tnt()
+      >>> params, labels = jnp.zeros((4, 3)), jnp.array([0, 1, 2, 0])
+      >>> opt_state = tx.init(params)
+      >>> loss, grads, sampled_grads = value_and_grads(params, jnp.eye(4), labels, jax.random.key(0))
+      >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+      >>> params = optax.apply_updates(params, updates)
+      >>> bool(value_and_grads(params, jnp.eye(4), labels, jax.random.key(1))[0] < loss)
+      True
 
     Args:
       learning_rate: a factor of the minimizer: 1, or a schedule of the step that falls from 1 to 0, such as
@@ -184,6 +218,11 @@ def adaptive_tnt(
 
     Raises:
       ValueError, TypeError: as `tnt` and `scale_by_quadratic_model`.
+
+    References:
+      Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
+      Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
+      <https://arxiv.org/abs/1503.05671>`_, 2015.
     """
     checks.check_number("learning_rate", learning_rate, schedule=True)
     checks.check_number("initial_model_damping", initial_model_damping, 0, closed=True)

@@ -22,8 +22,13 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
     inside `jax.jit` or not. (With a state that is stacked by `jax.vmap`, inside `jax.vmap`.) On a mesh of devices every
     device gets all numbers.
 
-    >>> values = diagnostics(opt_state, grads=grads, updates=updates)
-    >>> print(values["tnt/steps"], values["dense/kernel/mode_0/condition"])
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> tx, params = tnt_optax.tnt(0.03, fisher="empirical"), {"kernel": jnp.ones((4, 3))}
+      >>> updates, opt_state = tx.update(params, tx.init(params), params)
+      >>> values = tnt_optax.diagnostics(opt_state, grads=params, updates=updates)
+      >>> int(values["tnt/steps"]), int(values["kernel/age"]), bool(values["kernel/mode_0/condition"] > 1)
+      (1, 1, True)
 
     For mode i = 0, 1, ... of every parameter, with the factor U of Eq. (5) for the current statistics, its eigenvalues
     l_1 <= ... <= l_d (of a diagonal factor: its entries) and the damping eps of the last inverse update. All are

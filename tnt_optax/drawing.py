@@ -20,6 +20,14 @@ def draw_diagnostics(values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
     Below, where there is a quadratic model: learning rate and momentum, the predicted and the true reduction of the
     loss, and lambda, over the steps.
 
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> tx, params = tnt_optax.tnt(0.03, fisher="empirical"), {"kernel": jnp.ones((4, 3))}
+      >>> updates, opt_state = tx.update(params, tx.init(params), params)
+      >>> figure = tnt_optax.draw_diagnostics(tnt_optax.diagnostics(opt_state))
+      >>> len(figure.axes)  # Spectra, and shares below the damping.
+      2
+
     Args:
       values: what `diagnostics` returned; or a sequence of these, one for each of several steps. The spectra are those
         of the last one.

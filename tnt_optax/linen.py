@@ -11,6 +11,19 @@ class TrainState(train_state.TrainState):
     """Flax's `TrainState`, whose `apply_gradients` takes `sampled_grads` too.
 
     Subclass it to add fields, such as `batch_stats`, as Flax's own.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, tnt_optax
+      >>> from tnt_optax.linen import TrainState
+      >>> model, inputs = nn.Dense(3), jnp.eye(4)
+      >>> variables = model.init(jax.random.key(0), inputs)
+      >>> state = TrainState.create(apply_fn=model.apply, params=variables, tx=tnt_optax.adaptive_tnt())
+      >>> value_and_grads = tnt_optax.value_and_sampled_grad(model.apply, tnt_optax.Categorical())
+      >>> labels, key = jnp.array([0, 1, 2, 0]), jax.random.key(1)
+      >>> loss, grads, sampled_grads = value_and_grads(state.params, inputs, labels, key)
+      >>> state = state.apply_gradients(grads=grads, sampled_grads=sampled_grads)
+      >>> int(state.step)
+      1
     """
 
     def apply_gradients(self, *, grads: Any, sampled_grads: Any = None, **kwargs: Any) -> Any:
@@ -20,6 +33,9 @@ class TrainState(train_state.TrainState):
           grads: the gradients, a tree like `params`.
           sampled_grads: what `value_and_sampled_grad` returned: a tree like `params`, or a function that returns one.
           **kwargs: other fields to replace.
+
+        Returns:
+          The new state.
         """
         tx = self.tx
         # Flax's method calls `tx.update` without extra arguments, so the argument is bound here.

@@ -20,7 +20,7 @@ from tnt_optax.numerics import as_float, float32_or_better
 
 
 class PredictiveDistribution(Protocol):
-    """The interface of a predictive distribution.
+    """The interface of a predictive distribution: any object with the methods `loss` and `sample`.
 
     An object may also have a method `batch_size(outputs)`: the number of independent examples over which `loss` takes
     its mean. Without it, that is the length of the leading axis of the outputs.
@@ -35,6 +35,18 @@ class PredictiveDistribution(Protocol):
     an additional leading axis of length `number` on all of its arrays, whose element j is the distribution of part j
     (the examples j, j + number, j + 2 number, ...), and the floating-point shares, of shape (number,), that the parts'
     losses have in the loss of the whole batch.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tnt_optax
+      >>> class Poisson:  # Counts; the outputs are the logarithms of their rates.
+      ...     def loss(self, outputs, targets):
+      ...         return jnp.sum(jnp.exp(outputs) - targets * outputs) / len(outputs)
+      ...     def sample(self, key, outputs):
+      ...         return jax.random.poisson(key, jnp.exp(outputs)).astype(outputs.dtype)
+      >>> value_and_grads = tnt_optax.value_and_sampled_grad(lambda params, x: x @ params, Poisson())
+      >>> loss, _, _ = value_and_grads(jnp.zeros((3, 2)), jnp.ones((5, 3)), jnp.ones((5, 2)), jax.random.key(0))
+      >>> float(loss)
+      2.0
     """
 
     def loss(self, outputs: Any, targets: Any) -> jax.Array:
@@ -50,6 +62,13 @@ class PredictiveDistribution(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Categorical:
     """Class labels; the outputs are logits.
+
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> logits, labels = jnp.zeros((2, 5, 3)), jnp.array([[0, 1, 2, -1, -1], [2, 1, 0, 0, -1]])
+      >>> predictive = tnt_optax.Categorical(weights=labels >= 0)  # Padding does not count.
+      >>> bool(jnp.isclose(predictive.loss(logits, labels), jnp.log(3)))
+      True
 
     Outputs have the shape (..., classes), targets are integer labels of shape (...). Every label is an example of
     its own: the mean is over all of them, which for a language model is the mean over tokens.
@@ -144,6 +163,12 @@ class Bernoulli:
 
     Outputs and targets have the same shape (batch, ...). Targets are 0, 1 or anything between (the pixels of the
     paper's autoencoders).
+
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> loss = tnt_optax.Bernoulli().loss(jnp.zeros((2, 4)), jnp.ones((2, 4)))  # A sum over four outputs.
+      >>> bool(jnp.isclose(loss, 4 * jnp.log(2)))
+      True
     """
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -172,6 +197,11 @@ class Normal:
     """Normal outputs of a fixed variance; the outputs of the model are the means.
 
     Outputs and targets have the same shape (batch, ...).
+
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> float(tnt_optax.Normal(variance=2.0).loss(jnp.zeros((5, 4)), jnp.ones((5, 4))))  # 4 / (2 * 2)
+      1.0
 
     Attributes:
       variance: a positive number, or an array that broadcasts against the outputs.
@@ -229,8 +259,12 @@ class Joint:
     Outputs and targets are mappings with the same names as the distributions. Every part has its own leading axis and
     batch size, and the losses add, so that the Fisher matrix is the sum of those of the parts.
 
-    >>> predictive = Joint({"policy": Categorical(), "value": Normal(variance=2.0)})
-    >>> predictive.loss({"policy": logits, "value": values}, {"policy": actions, "value": returns})
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> predictive = tnt_optax.Joint({"inside": tnt_optax.Normal(), "edge": tnt_optax.Normal(variance=0.5)})
+      >>> outputs = {"inside": jnp.zeros(8), "edge": jnp.zeros(2)}
+      >>> float(predictive.loss(outputs, {"inside": jnp.ones(8), "edge": jnp.ones(2)}))
+      1.5
 
     Attributes:
       distributions: a mapping from names to distributions. The weight of a squared-error term is 1/variance.

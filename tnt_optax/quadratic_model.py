@@ -36,18 +36,31 @@ def scale_by_quadratic_model(
     use_momentum: bool = True,
     trust_radius: NumberOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The minimizer u of the batch's quadratic model, for directions p of any transformation before it.
+    r"""The minimizer u of the batch's quadratic model, for directions p of any transformation before it.
 
-    u = c_1 p_t + c_2 u_(t-1) minimizes M(-u) = -<g, u> + 1/2 <u, (J^T H J + R + lambda I) u>. As every `scale_by_*`, it
-    does not negate:
+    .. math::
 
-    >>> adam = optax.chain(
-    ...     optax.scale_by_adam(), scale_by_quadratic_model(), optax.scale_by_learning_rate(1.0))
-    >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, key)
-    >>> updates, opt_state = adam.update(grads, opt_state, params, sampled_grads=sampled_grads)
+      u_t = c_1 p_t + c_2 u_{t-1} \quad \text{minimizes} \quad
+      M(-u) = -\langle g, u \rangle + \tfrac12 \langle u, (J^\top H J + R + \lambda I)\, u \rangle,
 
-    The step follows the noise of its batch: let the factor behind it (`optax.scale_by_schedule`) fall to 0 at the end
-    of a training. Momentum in the direction itself is not needed.
+    with the gradient g and the exact Fisher matrix J^T H J of the batch, and the Hessian R of the regularizer. Like
+    every `scale_by_*`, it does not negate: chain `optax.scale_by_learning_rate` behind it.
+
+    The step follows the noise of its batch: let the factor behind it fall to 0 at the end of a training. Momentum in
+    the direction itself is not needed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, tnt_optax
+      >>> forward = lambda params, inputs: inputs @ params
+      >>> value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Normal())
+      >>> tx = optax.chain(
+      ...     optax.scale_by_adam(), tnt_optax.scale_by_quadratic_model(), optax.scale_by_learning_rate(1.0))
+      >>> params, inputs, targets = jnp.zeros((4, 3)), jnp.eye(4), jnp.ones((4, 3))
+      >>> opt_state = tx.init(params)
+      >>> loss, grads, sampled_grads = value_and_grads(params, inputs, targets, jax.random.key(0))
+      >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
+      >>> bool(sampled_grads.loss_at(optax.apply_updates(params, updates)) < loss)
+      True
 
     Args:
       initial_damping: lambda >= 0 at the first step. It bounds the steps while the Fisher matrix of a batch says little
@@ -61,9 +74,11 @@ def scale_by_quadratic_model(
         within a factor of 1e8 of its initial value. With a `loss` that is linear in the outputs (a policy gradient) the
         comparison says nothing: pass False, and a `trust_radius`. False: lambda is `initial_damping`, 0 is allowed, and
         u is the minimizer itself.
-      use_momentum: whether u_(t-1) is a direction. Its coefficient is at most 1 in size, unless `adaptive_damping` is
-        False: where batches are small, the minimizer may be the difference of two large and almost parallel directions,
-        which does not fit the next batch. False: u is a multiple of p, and the state holds no tree.
+      use_momentum: whether u_(t-1) is a direction. Unless `adaptive_damping` is False, the size of its coefficient is
+        at most the share kappa of the last batch's slope along u_(t-1) that this batch confirms, at least 1/4 and at
+        most 1: kappa = (<g, u_(t-1)> + <u_(t-1), (J^T H J + R) u_(t-1)>) / <g_(t-1), u_(t-1)>. With small batches, the
+        minimizer may otherwise be the difference of two large and almost parallel directions, which does not fit the
+        next batch. False: u is a multiple of p, and the state holds no tree.
       trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u> exceeds r^2. To second order
         that is twice the KL divergence per example between the predictions before and after the step.
 
@@ -81,6 +96,10 @@ def scale_by_quadratic_model(
         another structure or shape than the state or the parameters of `sampled_grads`.
       TypeError: an argument has a wrong type, a parameter is not real and floating, the state is of another
         transformation, or the model has no `SampledGrad.fisher_products`.
+
+    References:
+      Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
+      <https://arxiv.org/abs/1503.05671>`_, 2015.
     """
     checks.check_number("initial_damping", initial_damping, 0, closed=True)
     checks.check_flags(adaptive_damping=adaptive_damping, use_momentum=use_momentum)

@@ -30,6 +30,19 @@ class SampledGrad:
     It is a pytree: what its computations need (residuals of the forward pass, outputs, keys, and all arrays that
     `forward`, `loss` and `regularizer` close over) are its leaves, so that it can cross a `jit` boundary.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, tnt_optax
+      >>> forward = lambda params, inputs: inputs @ params
+      >>> value_and_grads = jax.jit(tnt_optax.value_and_sampled_grad(forward, tnt_optax.Normal()))
+      >>> params, inputs, targets = jnp.zeros((4, 3)), jnp.eye(4), jnp.ones((4, 3))
+      >>> _, grads, sampled_grads = value_and_grads(params, inputs, targets, jax.random.key(0))
+      >>> sampled_grads().shape  # The sampled-label gradient.
+      (4, 3)
+      >>> sampled_grads.fisher_products([grads, params]).shape
+      (2, 2)
+      >>> float(sampled_grads.loss_at(targets))
+      0.0
+
     Attributes:
       loss: the loss, as returned.
       grads: the gradients, as returned.
@@ -52,14 +65,16 @@ class SampledGrad:
         return self._closures.call("params")
 
     def fisher_products(self, directions: Sequence[Any]) -> jax.Array:
-        """The Fisher matrix of the batch in the span of some directions: the matrix of d_i^T J^T H J d_j.
+        r"""The exact Fisher matrix of the batch in the span of some directions.
+
+        .. math::
+
+          \left( d_i^\top J^\top H J\, d_j \right)_{ij}
 
         J is the Jacobian of the outputs with respect to the parameters, and H the Fisher information of the predictive
         distribution with respect to the outputs, mean over the batch, with its weights, whatever `scale`. So J^T H J is
         the exact Fisher matrix of this batch's mean loss; it is what the covariance of `sampled_grads()` with
         `scale="fisher"` estimates. A regularizer is not part of it.
-
-        >>> ((curvature,),) = sampled_grads.fisher_products([direction])
 
         All J d_i are computed in one batched pass, each at about the cost of a forward pass, from the residuals of the
         pullback. With microbatches, every part runs its forward pass once more.
@@ -90,7 +105,17 @@ class SampledGrad:
         return _mean(sum_over_parts(of_part, self._microbatches), self._axis_name)
 
     def regularizer_products(self, directions: Sequence[Any]) -> jax.Array:
-        """The matrix of d_i^T R d_j, R the Hessian of the regularizer; zeros without one. As `fisher_products`."""
+        """The matrix of d_i^T R d_j, R the Hessian of the regularizer; zeros without one.
+
+        Args:
+          directions: k trees like the parameters, as in `fisher_products`.
+
+        Returns:
+          A matrix of shape (k, k), in float32 or better.
+
+        Raises:
+          TypeError, ValueError: as `fisher_products`.
+        """
         stacked, number = self._stack(directions), len(directions)
         if "regularizer_product" not in self._closures or not jax.tree.leaves(stacked):
             return as_float(jnp.zeros((number, number)))
@@ -102,6 +127,12 @@ class SampledGrad:
 
         Args:
           params: a tree like the parameters. `optax.MaskedNode` and None stand for the parameters as they were.
+
+        Returns:
+          A scalar, the mean over the batch (and over the devices of `axis_name`), with the regularizer.
+
+        Raises:
+          ValueError: `params` has another structure or shape than the parameters.
         """
         return self._closures.call("loss_at", checks.fill("params", params, self.params, "the parameters"))
 
@@ -149,11 +180,17 @@ def value_and_sampled_grad(
 ) -> Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, SampledGrad]]:
     """A function that returns the loss, its gradient, and the sampled-label gradient (lines 3-4 of Algorithm 1).
 
-    One forward pass and one `jax.vjp`: the pullback is applied to the cotangent of the true targets and, only when the
-    `SampledGrad` is called, to that of targets sampled from `predictive`.
+    It runs one forward pass. The pullback of `jax.vjp` is applied to the cotangent of the true targets and, only when
+    the `SampledGrad` is called, to that of targets sampled from `predictive`.
 
-    >>> value_and_grads = value_and_sampled_grad(model.apply, Categorical())
-    >>> loss, grads, sampled_grads = value_and_grads(params, inputs, labels, key)
+    Example:
+      >>> import jax, jax.numpy as jnp, tnt_optax
+      >>> forward = lambda params, inputs: inputs @ params  # The logits of three classes.
+      >>> value_and_grads = jax.jit(tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical()))
+      >>> params, inputs, labels = jnp.zeros((4, 3)), jnp.eye(4), jnp.array([0, 1, 2, 0])
+      >>> loss, grads, sampled_grads = value_and_grads(params, inputs, labels, jax.random.key(0))
+      >>> bool(jnp.isclose(loss, jnp.log(3))), grads.shape, sampled_grads().shape
+      (True, (4, 3), (4, 3))
 
     Args:
       forward: `forward(params, inputs) -> outputs`, or `(outputs, aux)` with `has_aux`. `inputs` is any pytree. A
@@ -200,6 +237,9 @@ def value_and_sampled_grad(
       ValueError: `scale` is unknown or `microbatches` below 1; when called, targets that do not fit the outputs, a loss
         or regularizer that returns an array with axes, a batch that `microbatches` does not divide, or that has no
         common leading axis.
+
+    References:
+      Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
     """
     for name, function in (("forward", forward), ("loss", loss), ("regularizer", regularizer)):
         if not callable(function) and (function is not None or name == "forward"):

@@ -34,14 +34,36 @@ def scale_by_tnt(
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, preconditioned by the inverse of the Kronecker-factored Fisher matrix: the direction p of Algorithm 3.
 
-    The arguments are those of `tnt`; learning rate and weight decay are left to other transformations, and
-    `trust_radius` bounds the direction itself. The direction points along the gradient: chain
-    `optax.scale_by_learning_rate` behind it.
+    Like every `scale_by_*` it does not negate: chain `optax.scale_by_learning_rate` behind it.
 
-    >>> tx = optax.chain(scale_by_tnt(damping=0.1), optax.scale_by_learning_rate(0.01))
+    Example:
+      >>> import jax.numpy as jnp, optax, tnt_optax
+      >>> tx = optax.chain(tnt_optax.scale_by_tnt(damping=0.1), optax.scale_by_learning_rate(0.01))
+      >>> state = tx.init({"kernel": jnp.zeros((4, 3))})
+      >>> [c.shape for c in state[0].contractions["kernel"]]
+      [(4, 4), (3, 3)]
+
+    Args:
+      damping: as in `tnt`.
+      statistics_decay: as in `tnt`.
+      momentum: as in `tnt`.
+      statistics_period: as in `tnt`.
+      inverse_period: as in `tnt`.
+      fisher: as in `tnt`.
+      trust_radius: as in `tnt`, for the direction p itself.
+      views: as in `tnt`.
+      max_dim: as in `tnt`.
+      inverse_parts: as in `tnt`.
+      inverse_axis: as in `tnt`.
 
     Returns:
-      A `GradientTransformationExtraArgs` whose state is a `TNTState`. `update` and the errors are those of `tnt`.
+      A `GradientTransformationExtraArgs` whose state is a `TNTState`. `update` is that of `tnt`.
+
+    Raises:
+      ValueError, TypeError: as `tnt`.
+
+    References:
+      Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
     """
     return guarded(direction(Options(**locals())))  # All arguments, by their names.
 

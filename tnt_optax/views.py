@@ -14,9 +14,15 @@ class TensorView:
 
     Every axis of the parameter is named exactly once. Negative axes count from the end.
 
-    Example: a kernel of shape (layers, width, heads, head_dim) as a matrix (width, heads * head_dim) for each layer::
+    Example:
+      A kernel of shape (layers, width, heads, head_dim) is a matrix (width, heads * head_dim) for each layer.
 
-        TensorView(modes=((1,), (2, 3)), batch_axes=(0,))
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> view = tnt_optax.TensorView(modes=((1,), (2, 3)), batch_axes=(0,))
+      >>> tx = tnt_optax.adaptive_tnt(views=lambda path, shape: view if len(shape) == 4 else None)
+      >>> state = tx.init({"query": jnp.zeros((2, 8, 4, 3))})
+      >>> [c.shape for c in state[0].contractions["query"]]
+      [(2, 8, 8), (2, 12, 12)]
 
     Attributes:
       modes: one tuple of axes for each mode i = 1, ..., k. The axes of one tuple are merged, in the given order, into
@@ -54,6 +60,13 @@ def flax_views(stacked: Iterable[str] = ()) -> ViewFn:
     its spatial axes merged. Every other parameter has one mode for each axis, as without `views`. Attention is
     recognized by these names and the number of axes: do not use the names for a one-dimensional convolution or a
     dense layer with three axes.
+
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> tx = tnt_optax.adaptive_tnt(views=tnt_optax.flax_views(stacked=("blocks",)))
+      >>> state = tx.init({"blocks": {"query": {"kernel": jnp.zeros((2, 8, 4, 3))}}})
+      >>> [c.shape for c in state[0].contractions["blocks"]["query"]["kernel"]]
+      [(2, 8, 8), (2, 12, 12)]
 
     Args:
       stacked: names of modules, such as ("blocks",), at any depth of a path. Every parameter below them has a leading

@@ -24,16 +24,24 @@ def warm_start(
     The contractions become the plain mean over all sampled gradients (and over what they had absorbed before). The
     paper makes one pass over the data at the initial parameters; ten batches usually suffice.
 
-    >>> value_and_grads = jax.jit(value_and_sampled_grad(forward, Categorical()))
-    >>> sampled_grads = (value_and_grads(params, inputs, labels, key)[2] for inputs, labels, key in batches)
-    >>> opt_state = warm_start(tx, tx.init(params), params, sampled_grads)
+    Example:
+      >>> import jax, jax.numpy as jnp, tnt_optax
+      >>> forward = lambda params, inputs: inputs @ params
+      >>> value_and_grads = jax.jit(tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical()))
+      >>> params, batches = jnp.ones((4, 3)), [(jnp.eye(4), jnp.array([0, 1, 2, 0]))] * 5
+      >>> keys = jax.random.split(jax.random.key(0), 5)
+      >>> sampled_grads = (value_and_grads(params, *batch, key)[2] for batch, key in zip(batches, keys))
+      >>> tx = tnt_optax.adaptive_tnt()
+      >>> opt_state = tnt_optax.warm_start(tx, tx.init(params), params, sampled_grads)
+      >>> int(opt_state[0].statistics_count)
+      5
 
     Args:
       tx: the optimizer. Its `TNTState` may be inside chained, masked, partitioned or injected states.
       opt_state: its state. Only the `TNTState` changes, and in it neither the momentum nor the number of steps.
       params: the parameters at which the sampled gradients were taken.
       sampled_grads: an iterable, preferably a generator, of trees like `params` or of `SampledGrad`s. They are read
-      one by one, so that only one is in memory at a time.
+        one by one, so that only one is in memory at a time.
 
     Returns:
       The new `opt_state`.

@@ -6,7 +6,7 @@ exact E[G^(i)], and g_t is the gradient of a batch of m examples, drawn with rep
 regression of the digits 0, 1 and 2: images x of 4x4 pixels, W of the shape (4, 4, 3). The gradient of one example is
 the tensor product of x and p - e_y, where p(x, W) are the predicted probabilities and y is a label.
 
-docs/theory.md derives, for every W: L = lambda_max(E[x x^T]) / 2, sigma^2 = 2 E|x|^2 for one example,
+docs/benchmarks/theory.md derives, for every W: L = lambda_max(E[x x^T]) / 2, sigma^2 = 2 E|x|^2 for one example,
 kappa_high = eps^-k, kappa_low = prod_i 1 / (u_i + eps) with u_i >= |U_i|; and the bound of Theorem 1 for the step sizes
 alpha_t = kappa_low / (L kappa_high^2) t^-beta, with f(W_1) = log 3 at W_1 = 0 and 0 for the lowest loss.
 """

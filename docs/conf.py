@@ -1,0 +1,64 @@
+"""How Sphinx builds the site: `make docs`."""
+
+import tomllib
+import zlib
+from pathlib import Path
+
+import tnt_optax
+
+HERE = Path(__file__).parent
+settings = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
+
+project = settings["name"]
+version = release = tnt_optax.__version__
+copyright = "the authors of tnt_optax"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build", "results"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # Docstrings describe the arguments.
+napoleon_google_docstring = True
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+add_module_names = False
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_theme_options = {
+    "repository_url": settings["urls"]["Repository"],
+    "use_repository_button": True,
+    "show_navbar_depth": 1,
+    "home_page_in_toc": False,
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def inventory(name: str) -> str:
+    """The inventory of another project's names, from a list in the repository: a build needs no network."""
+    lines = (HERE / f"inventories/{name}.txt").read_text()
+    header = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n# The remainder is compressed using zlib.\n"
+    path = HERE / f"_build/{name}.inv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(header.encode() + zlib.compress(lines.encode()))
+    return str(path)
+
+
+intersphinx_mapping = {
+    "jax": ("https://docs.jax.dev/en/latest", inventory("jax")),
+    "optax": ("https://optax.readthedocs.io/en/latest", inventory("optax")),
+    "flax": ("https://flax.readthedocs.io/en/latest", inventory("flax")),
+}
