@@ -34,43 +34,44 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
     l_1 <= ... <= l_d (of a diagonal factor: its entries) and the damping eps of the last inverse update. All are
     float32 (float64 for float64 parameters) scalars, or have the batch axes of a `TensorView`:
 
-      "<path>/mode_<i>/trace": tr U.
-      "<path>/mode_<i>/mean_eigenvalue": tr U / d, which is the same for all modes of a parameter.
-      "<path>/mode_<i>/smallest_eigenvalue", "<path>/mode_<i>/largest_eigenvalue": l_1 and l_d.
-      "<path>/mode_<i>/condition": l_d / l_1, of U. Infinity where U is singular, also for U = 0.
-      "<path>/mode_<i>/damped_condition": (l_d + eps) / (l_1 + eps), of U + eps I, the matrix that is inverted; 1 for
-        U = 0.
-      "<path>/mode_<i>/share_below_damping": the share of the eigenvalues that are smaller than eps; 1 for U = 0.
+      - ``<path>/mode_<i>/trace``: tr U.
+      - ``<path>/mode_<i>/mean_eigenvalue``: tr U / d, which is the same for all modes of a parameter.
+      - ``<path>/mode_<i>/smallest_eigenvalue``, ``<path>/mode_<i>/largest_eigenvalue``: l_1 and l_d.
+      - ``<path>/mode_<i>/condition``: l_d / l_1, of U. Infinity where U is singular, also for U = 0.
+      - ``<path>/mode_<i>/damped_condition``: (l_d + eps) / (l_1 + eps), of U + eps I, the matrix that is inverted; 1
+        for U = 0.
+      - ``<path>/mode_<i>/share_below_damping``: the share of the eigenvalues that are smaller than eps; 1 for U = 0.
 
     The eigenvalues of a dense factor are known to within rounding errors of the size d * (the dtype's epsilon) * l_d:
     smaller ones, and negative ones, count as 0.
 
     For every parameter:
 
-      "<path>/age": int32; steps since its inverses were updated: 1 after the step that updated them, 0 after a warm
+      - ``<path>/age``: int32; steps since its inverses were updated: 1 after the step that updated them, 0 after a warm
         start, -1 before the first update.
-      "<path>/update_to_gradient": |u| / |g|, the norm of the update divided by that of the gradient; infinity where
+      - ``<path>/update_to_gradient``: the norm of the update divided by that of the gradient; infinity where
         only g = 0, 0 where both are.
-      "<path>/cosine": <u, g> / (|u| |g|); -1 for gradient descent; 0 where one of them is 0.
+      - ``<path>/cosine``: of the angle between u and g; -1 for gradient descent; 0 where one of them is 0.
 
     The last two need `grads` and `updates`. A parameter without elements has no numbers. For the whole optimizer:
 
-      "tnt/steps": int32; the number of steps, t.
-      "tnt/absorbed": int32; the number of sampled gradients in the statistics.
-      "tnt/damping": eps.
-      "tnt/bounded_steps": int32; the number of steps that the trust radius shortened.
-      "tnt/bounded_share": the same divided by the number of all steps; 0 before the first.
-      "tnt/rejected_gradients", "tnt/rejected_sampled_gradients", "tnt/rejected_inverses": int32; see `TNTState`.
+      - ``tnt/steps``: int32; the number of steps, t.
+      - ``tnt/absorbed``: int32; the number of sampled gradients in the statistics.
+      - ``tnt/damping``: eps.
+      - ``tnt/bounded_steps``: int32; the number of steps that the trust radius shortened.
+      - ``tnt/bounded_share``: the same divided by the number of all steps; 0 before the first.
+      - ``tnt/rejected_gradients``, ``tnt/rejected_sampled_gradients``, ``tnt/rejected_inverses``: int32; see
+        `TNTState`.
 
     Of a quadratic model, for the last step u = c_1 p_t + c_2 u_(t-1) (see `scale_by_quadratic_model`):
 
-      "quadratic_model/steps": int32; the number of steps.
-      "quadratic_model/learning_rate", "quadratic_model/momentum": c_1 and c_2; 0 without a step.
-      "quadratic_model/damping": lambda, for the next step.
-      "quadratic_model/predicted_reduction": of the loss of the batch, by the model.
-      "quadratic_model/true_reduction", "quadratic_model/reduction_ratio": the measured one, for the last step for which
-        it was measured, and the same divided by the one predicted for it. 0 before the first.
-      "quadratic_model/bounded_steps", "quadratic_model/rejected_steps": int32; see `QuadraticModelState`.
+      - ``quadratic_model/steps``: int32; the number of steps.
+      - ``quadratic_model/learning_rate``, ``quadratic_model/momentum``: c_1 and c_2; 0 without a step.
+      - ``quadratic_model/damping``: lambda, for the next step.
+      - ``quadratic_model/predicted_reduction``: of the loss of the batch, by the model.
+      - ``quadratic_model/true_reduction``, ``quadratic_model/reduction_ratio``: the measured one, for the last step
+        for which it was measured, and the same divided by the one predicted for it. 0 before the first.
+      - ``quadratic_model/bounded_steps``, ``quadratic_model/rejected_steps``: int32; see `QuadraticModelState`.
 
     <path> is `jax.tree_util.keystr(path, simple=True, separator="/")`, such as "dense/kernel"; where that is the same
     for two parameters, `keystr(path)`. Where `opt_state` holds several states of one kind (in `optax.partition`, for

@@ -22,10 +22,10 @@ class TNTState(NamedTuple):
 
     Attributes:
       count: t, the number of updates.
-      statistics_count: n, the number of sampled gradients that the contractions have absorbed.
+      statistics_count: n, the number of sampled gradients in the contractions.
       momentum: a tree like the parameters, m. None with `momentum=None`.
       contractions: a tree like the parameters that holds, for each of them, a tuple with one array per mode: the moving
-        average C_i of G_(i), of shape (*batch, d_i, d_i), or (*batch, d_i) for a diagonal mode.
+        average C_i of G_(i), of shape (..., d_i, d_i), or (..., d_i) for a diagonal mode.
       inverses: the same for the cached P_i = (U_i + damping I)^-1. Zeros before the first inverse update.
       damping: float scalar, eps at the last inverse update (before the first: at step 0).
       refreshed_at: a tree like the parameters that holds int32 arrays of the shape of the batch axes (scalars, without
@@ -33,7 +33,7 @@ class TNTState(NamedTuple):
       bounded_steps: the number of steps that the trust radius shortened.
       rejected_gradients: the number of steps whose gradient, direction or update was not finite: their update was zero,
         and the momentum kept its value.
-      rejected_sampled_gradients: the number of sampled gradients that were not finite, and therefore not absorbed.
+      rejected_sampled_gradients: the number of sampled gradients that were not finite, and are not in the contractions.
       rejected_inverses: the number of inverse updates of single parameters (of single tensors of a stack) that were not
         finite: the parameter kept its inverses.
     """

@@ -40,8 +40,8 @@ def warm_start(
       tx: the optimizer. Its `TNTState` may be inside chained, masked, partitioned or injected states.
       opt_state: its state. Only the `TNTState` changes, and in it neither the momentum nor the number of steps.
       params: the parameters at which the sampled gradients were taken.
-      sampled_grads: an iterable, preferably a generator, of trees like `params` or of `SampledGrad`s. They are read
-        one by one, so that only one is in memory at a time.
+      sampled_grads: an iterable, preferably a generator, of trees like `params` or of `SampledGrad` objects. They are
+        read one by one, so that only one is in memory at a time.
 
     Returns:
       The new `opt_state`.
