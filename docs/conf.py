@@ -28,7 +28,9 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 
+default_role = "code"  # Docstrings have code in single backticks.
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # Docstrings describe the arguments.
 napoleon_google_docstring = True
 napoleon_use_rtype = False
@@ -37,11 +39,14 @@ add_module_names = False
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
 html_theme_options = {
     "repository_url": settings["urls"]["Repository"],
     "use_repository_button": True,
     "show_navbar_depth": 1,
     "home_page_in_toc": False,
+    "navbar_persistent": [],  # The sidebar has the search.
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -50,7 +55,9 @@ copybutton_prompt_is_regexp = True
 def inventory(name: str) -> str:
     """The inventory of another project's names, from a list in the repository: a build needs no network."""
     lines = (HERE / f"inventories/{name}.txt").read_text()
-    header = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n# The remainder is compressed using zlib.\n"
+    header = (
+        f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n# The remainder is compressed using zlib.\n"
+    )
     path = HERE / f"_build/{name}.inv"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(header.encode() + zlib.compress(lines.encode()))

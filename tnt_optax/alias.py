@@ -88,8 +88,8 @@ def tnt(
       views: None, or a function (path, shape) -> `TensorView` or None that says how a parameter is viewed as a tensor.
         The path is the one that `jax.tree_util.tree_map_with_path` passes. None means the default: one mode for each
         axis, and with four or more axes all but the last two merged into one (convolution kernels).
-      max_dim: a mode longer than this (an embedding's vocabulary) keeps only the diagonal of its factor. Static: with
-        `optax.inject_hyperparams`, a value of your own has to be in `static_args`.
+      max_dim: 8192 by default. A mode longer than this (an embedding's vocabulary) keeps only the diagonal of its
+        factor. Static: with `optax.inject_hyperparams`, a value of your own has to be in `static_args`.
       inverse_parts: None: all inverses are updated in the same step, as in the paper. Or a number of parts, of about
         equal cost, into which the parameters are divided; their updates are spread evenly over the `inverse_period`
         steps, so that no step is much slower than the others. Static, as `max_dim`.
