@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import typer
 from experiments import report
 from experiments.baselines import shampoo, soap
 from experiments.report import machine, markdown_table, write_json
@@ -123,7 +124,11 @@ def count(shape: Shape, view: TensorView | None, batch_size: int) -> dict[str, A
     return counts
 
 
-def complexity(batch_size: int = 128, max_dim: int = 2048, out: Path = Path("results/complexity.json")) -> None:
+def complexity(
+    batch_size: Annotated[int, typer.Option(help="examples in a batch")] = 128,
+    max_dim: Annotated[int, typer.Option(help="length of the longest mode")] = 2048,
+    out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/complexity.json"),
+) -> None:
     """Table 1 of the paper, counted in compiled programs: memory and arithmetic of TNT, Shampoo and Adam."""
     cases = [(shape, view) for shape, view in CASES if max(shape) <= max_dim]
     rows = [{"shape": [*x], **count(x, v, batch_size)} for x, v in track(cases, "shapes")]
@@ -164,7 +169,10 @@ def load(shapes: list[Shape], devices: int) -> dict[str, float]:
         return result | {"parameters": size(params), "state": size(jax.eval_shape(tnt_optax.tnt(0.1).init, params))}
 
 
-def meshes(devices: list[int] = DEVICES, out: Path = Path("results/meshes.json")) -> None:
+def meshes(
+    devices: Annotated[list[int], typer.Option(help="number of devices; the option may be repeated")] = DEVICES,
+    out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/meshes.json"),
+) -> None:
     """The load of each device of a mesh: the largest share of an inverse update, and bytes of parameters and state."""
     models = {"autoencoder": AUTOENCODER, "gpt2": GPT2_SHAPES}
     results = {name: [{"devices": n} | load(shapes, n) for n in devices] for name, shapes in models.items()}
@@ -172,7 +180,10 @@ def meshes(devices: list[int] = DEVICES, out: Path = Path("results/meshes.json")
     save(out, {"models": results, "tables": tables})
 
 
-def memory(max_dims: list[int] = MAX_DIMS, out: Path = Path("results/memory.json")) -> None:
+def memory(
+    max_dims: Annotated[list[int], typer.Option(help="max_dim of TNT; the option may be repeated")] = MAX_DIMS,
+    out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/memory.json"),
+) -> None:
     """Bytes of state for GPT-2's 124M parameters, of TNT at several `max_dim`, and of other optimizers."""
     optimizers: dict[str, Any] = {"AdamW": optax.adamw(1e-3), "Muon": optax.contrib.muon(1e-3)}
     optimizers |= {"SOAP": soap(1e-3), "Shampoo": shampoo(1e-3)}

@@ -6,12 +6,13 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import typer
 from experiments.baselines import shampoo
 from experiments.models import Autoencoder, ResNet, Transformer, parameter_count
 from flax import nnx
@@ -196,20 +197,16 @@ def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(
-    models: list[Model] = MODELS,
-    out: Path = Path("results/step.json"),
-    steps: int = 100,
-    skip: list[str] | None = None,
-    rounds: int = 10,
-    width: int = 256,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    tiny: bool = False,
+    models: Annotated[list[Model], typer.Option(help="model; the option may be repeated")] = MODELS,
+    out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/step.json"),
+    steps: Annotated[int, typer.Option(help="number of steps, a multiple of the period 20")] = 100,
+    skip: Annotated[list[str] | None, typer.Option(help="optimizer to leave out; the option may be repeated")] = None,
+    rounds: Annotated[int, typer.Option(help="repetitions for the parts of a step")] = 10,
+    width: Annotated[int, typer.Option(help="width of the transformer")] = 256,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="dtype of the transformer")] = "float32",
+    tiny: Annotated[bool, typer.Option(help="small models, for tests")] = False,
 ) -> None:
-    """What a step costs beside other optimizers, which take steps in turn, in units of SGD-m; where TNT's time goes.
-
-    STEPS is a multiple of 20, the period of TNT (1, 20); 100 are that of TNT (10, 100). SKIP names optimizers; WIDTH
-    and DTYPE are the transformer's.
-    """
+    """The time of a step of each optimizer, which take steps in turn, relative to SGD with momentum; TNT's parts."""
     results, tables = {}, {}
     for model in models:
         make = functools.partial(make_problem, model, width, dtype, tiny)
@@ -246,8 +243,12 @@ def of_update(params: Any, run: bool = True) -> dict[str, float]:
     return milliseconds(updates, rounds=3) | seconds
 
 
-def growth(widths: list[int] = WIDTHS, depths: list[int] = DEPTHS, out: Path = Path("results/growth.json")) -> None:
-    """An update alone, of a layer that grows wider and of more layers of 128x128; GPT-2's is compiled only."""
+def growth(
+    widths: Annotated[list[int], typer.Option(help="width of one layer; the option may be repeated")] = WIDTHS,
+    depths: Annotated[list[int], typer.Option(help="number of layers of 128x128; the option may be repeated")] = DEPTHS,
+    out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/growth.json"),
+) -> None:
+    """The time of an update alone, by the width of a layer and the number of layers; GPT-2's is compiled only."""
     layers = {"width": (widths, lambda n: jnp.ones((n, n))), "depth": (depths, lambda n: [jnp.ones((128, 128))] * n)}
     results = {k: [{k: n} | of_update(make(n)) for n in track(sizes, k)] for k, (sizes, make) in layers.items()}
     large = of_update([*map(array, GPT2_SHAPES)], run=False)

@@ -31,18 +31,22 @@ def list_all() -> None:
 
 @app.command()
 def run(
-    workload: Annotated[str, typer.Argument(help="one that `list` shows")],
-    optimizers: Annotated[list[str], typer.Option("--optimizers", "-o", help="may be given many times, or a,b,c")],
-    seeds: Annotated[int, typer.Option(help="number of seeds, from 0")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="of each training (default: the workload's)")] = None,
-    steps: Annotated[int | None, typer.Option(help="in place of --epochs, where an epoch is a number of steps")] = None,
-    seconds: Annotated[float, typer.Option(help="no epoch begins after so many seconds of steps")] = math.inf,
-    tuning_epochs: Annotated[int | None, typer.Option(help="of each tuning run (default: the workload's)")] = None,
-    falling: Annotated[bool | None, typer.Option(help="whether learning rates fall (default: the workload's)")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="in place of tuning")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="folder of the data, which is only read")] = None,
-    option: Annotated[list[str] | None, typer.Option("--set", help="a workload's option, as name=value")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("results"),
+    workload: Annotated[str, typer.Argument(help="a workload of `list`")],
+    optimizers: Annotated[
+        list[str], typer.Option("--optimizers", "-o", help="optimizers of `list`, separated by commas")
+    ],
+    seeds: Annotated[int, typer.Option(help="number of seeds, 0, 1, ...")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="epochs of each training (default: the workload's)")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps of each training, in place of --epochs")] = None,
+    seconds: Annotated[float, typer.Option(help="time limit of each training, in seconds of steps")] = math.inf,
+    tuning_epochs: Annotated[
+        int | None, typer.Option(help="epochs of each tuning run (default: the workload's)")
+    ] = None,
+    falling: Annotated[bool | None, typer.Option(help="falling learning rates (default: the workload's)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="learning rate, in place of tuning")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="option of the workload, as name=value")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
 ) -> None:
     """Tunes and trains a workload with optimizers. The same command resumes an interrupted run."""
     names = [name for text in optimizers for name in text.split(",")]
@@ -109,9 +113,9 @@ def parsed(workload: str, texts: list[str]) -> dict[str, Any]:
 
 @app.command("report")
 def make_report(
-    folder: Annotated[Path, typer.Argument(help="of results")] = Path("results"),
+    folder: Annotated[Path, typer.Argument(help="folder of the results")] = Path("results"),
     pages: Annotated[
-        list[Path] | None, typer.Option("--page", help="page, or folder of pages, whose tables are replaced")
+        list[Path] | None, typer.Option("--page", help="page or folder of pages, with tables to replace")
     ] = None,
 ) -> None:
     """Draws a picture of each workload beside its results, and prints its table or puts it into pages."""
@@ -129,6 +133,8 @@ def make_report(
 
 
 @app.command()
-def pack_cifar10(path: Path, data_dir: Annotated[Path | None, typer.Option(help="of TFDS")] = None) -> None:
+def pack_cifar10(
+    path: Path, data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None
+) -> None:
     """Writes CIFAR-10 to one file of 20 MB, `cifar10.npz`, for machines without TFDS (`--data-dir` is its folder)."""
     data.pack_cifar10(data_dir, path)

@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,10 +136,14 @@ def measure(run: Callable[..., jax.Array], known: Constants, steps: int, seeds: 
 
 
 def main(
-    steps: int = 5000, seeds: int = 6, batch_size: int = 8, damping: float = 3.0, examples: int = 50, out: Path = OUT
+    steps: Annotated[int, typer.Option(help="number of steps, N")] = 5000,
+    seeds: Annotated[int, typer.Option(help="number of runs")] = 6,
+    batch_size: Annotated[int, typer.Option(help="examples in a batch, m")] = 8,
+    damping: Annotated[float, typer.Option(help="damping of the inverses, epsilon")] = 3.0,
+    examples: Annotated[int, typer.Option(help="images of each class")] = 50,
+    out: Annotated[Path, typer.Option(help="folder of convergence.json and .png")] = OUT,
 ) -> None:
-    """Averages |grad f|^2 over the first N = 1, ..., STEPS steps of Algorithm 2, with batches of BATCH_SIZE = m and
-    DAMPING = eps, and over SEEDS runs, on EXAMPLES images of each class; writes convergence.json and .png to OUT."""
+    """Convergence of Algorithm 2 (Theorem 1): the mean squared gradient norm of the first N steps, and its bound."""
     arguments = {name: value for name, value in locals().items() if name != "out"}
     data = load(examples)
     known = constants(data[0], damping)

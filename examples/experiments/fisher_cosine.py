@@ -8,7 +8,7 @@ their direction and its own is recorded for each layer. All averages have the de
 import functools
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -99,17 +99,18 @@ def compare(images, widths, *, batch_size=1000, steps=200, learning_rate=0.1, da
 
 
 def main(
-    dataset: Literal["digits", "mnist"] = "digits",
-    data_dir: Path | None = None,
-    batch_size: int = 1000,
-    steps: int = 200,
-    learning_rate: float = 0.1,
-    damping: float = 0.01,
-    seed: int = 0,
-    out: Path = Path("results"),
+    dataset: Annotated[
+        Literal["digits", "mnist"], typer.Option(help="scikit-learn's digits, or MNIST in 16x16 pixels")
+    ] = "digits",
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None,
+    batch_size: Annotated[int, typer.Option(help="examples in a batch")] = 1000,
+    steps: Annotated[int, typer.Option(help="number of steps")] = 200,
+    learning_rate: Annotated[float, typer.Option(help="learning rate of block Fisher")] = 0.1,
+    damping: Annotated[float, typer.Option(help="damping of all methods")] = 0.01,
+    seed: Annotated[int, typer.Option(help="seed of the parameters, the batches and the sampled labels")] = 0,
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
 ) -> None:
-    """Trains on the digits of scikit-learn, or on MNIST that tensorflow_datasets has prepared in DATA_DIR, reduced to
-    16x16 pixels; writes the cosines to OUT."""
+    """Figure 1 of the paper: cosines between the directions of several methods and that of block Fisher."""
     options = {name: value for name, value in locals().items() if name not in ("dataset", "data_dir", "out")}
     images = labelled(dataset, data_dir)
     widths = [images[0].shape[1], *HIDDEN, 10]

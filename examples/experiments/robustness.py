@@ -65,10 +65,10 @@ def diverged(trainings: list[Numbers]) -> int:
 
 def measure(
     workloads: list[str],
-    seeds: Annotated[int, typer.Option(help="with the defaults")] = 20,
-    fewer: Annotated[int, typer.Option(help="seeds with other settings")] = 5,
-    data_dir: Annotated[Path | None, typer.Option(help="folder of the data, which is only read")] = None,
-    out: Annotated[Path, typer.Option(help="folder; what it has is not run again")] = Path("results"),
+    seeds: Annotated[int, typer.Option(help="number of seeds with the defaults")] = 20,
+    fewer: Annotated[int, typer.Option(help="number of seeds with each other setting")] = 5,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
 ) -> None:
     """Trains WORKLOADS with `adaptive_tnt` for 150 steps each, and counts the trainings that diverge."""
     runner.known(workloads, WORKLOADS, "workload")
