@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 .PHONY: demo bench paper test test-all lint docs clean help
 
 help:
-	@echo "make demo   train an autoencoder with adaptive TNT, untuned, beside tuned optimizers (ARGS=--help for options)"
-	@echo "make bench  what a step costs, beside other optimizers (ARGS=--help for its options)"
+	@echo "make demo   train an autoencoder with adaptive TNT and with tuned optimizers (ARGS=--help for options)"
+	@echo "make bench  the cost of a step, compared with other optimizers (ARGS=--help for options)"
 	@echo "make paper  the paper's experiments in small: autoencoders, Figure 1, classification, Theorem 1, Table 1"
 	@echo "make test   run the tests (make test-all: the long ones too)"
 	@echo "make lint   ruff and pyright"
-	@echo "make docs   the site, in docs/_build/html; warnings are errors"
-	@echo "make clean  remove the environment and what the programs wrote"
+	@echo "make docs   the site, in site; warnings are errors"
+	@echo "make clean  remove the environment and all results that are not committed"
 
 # The packages `experiments` and `benchmarks` stand in examples/.
 EXAMPLES = PYTHONPATH=examples $(BIN)/python -m
@@ -44,7 +44,7 @@ lint: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/docs
-	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html $(ARGS)
+	$(BIN)/python -m sphinx -W --keep-going -q docs site $(ARGS)
 
 # Each environment's file says that it is complete; they build on one another.
 $(VENV)/examples: pyproject.toml
@@ -71,4 +71,4 @@ $(VENV)/dev: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) results dist docs/_build .pytest_cache .ruff_cache
+	rm -rf $(VENV) results dist site .pytest_cache .ruff_cache

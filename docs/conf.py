@@ -1,5 +1,6 @@
 """How Sphinx builds the site: `make docs`."""
 
+import tempfile
 import tomllib
 import zlib
 from pathlib import Path
@@ -22,7 +23,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "results"]
+exclude_patterns = ["results"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
@@ -58,8 +59,7 @@ def inventory(name: str) -> str:
     header = (
         f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n# The remainder is compressed using zlib.\n"
     )
-    path = HERE / f"_build/{name}.inv"
-    path.parent.mkdir(exist_ok=True)
+    path = Path(tempfile.mkdtemp(), f"{name}.inv")
     path.write_bytes(header.encode() + zlib.compress(lines.encode()))
     return str(path)
 

@@ -1,5 +1,7 @@
-"""Trains a classifier of digits and saves checkpoints with Orbax: killed at any moment and started again with the same
-command, it ends with the same bytes."""
+"""Trains a classifier of digits, and saves checkpoints with Orbax.
+
+The program can be killed at any time. Started again with the same command, it resumes, and ends with the same bytes.
+"""
 
 import hashlib
 from pathlib import Path
@@ -17,26 +19,26 @@ import tnt_optax
 def main(
     steps: int = 100, every: int = 10, width: int = 32, seed: int = 0, directory: Path = Path("results/checkpoints")
 ) -> None:
-    """Trains until STEPS steps are done, those of earlier runs included, with a checkpoint every EVERY steps."""
+    """Trains until STEPS steps are done, including those of earlier runs, with a checkpoint every EVERY steps."""
     images, labels = map(jnp.asarray, load_digits(return_X_y=True))
     predictive, tx = tnt_optax.Categorical(), tnt_optax.adaptive_tnt()
     forward = jax.jit(lambda params, images: jax.nn.relu(images / 16 @ params["w1"]) @ params["w2"])
     value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive)
 
-    def initial():  # Everything that a step changes: the parameters, the optimizer's state, and the step's number.
+    def initial():  # All that a step changes: the parameters, the state of the optimizer, and the step number.
         params = {"w1": 0.1 * jax.random.normal(jax.random.key(seed), (64, width)), "w2": jnp.zeros((width, 10))}
         return params, tx.init(params), jnp.int32(0)
 
     @jax.jit
-    def train_step(params, opt_state, step):  # The batch and the sampled labels depend on seed and step alone.
+    def train_step(params, opt_state, step):  # Batch and sampled labels depend only on seed and step.
         batch_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         batch = jax.random.choice(batch_key, len(images), (128,), replace=False)
         _, grads, sampled_grads = value_and_grads(params, images[batch], labels[batch], label_key)
         updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
         return optax.apply_updates(params, updates), opt_state, step + 1
 
-    run = {"width": width, "seed": seed}  # Saved with each checkpoint: what a run that goes on must have in common.
-    # A killed run may leave a temporary folder with a part of a checkpoint; the next run removes it.
+    run = {"width": width, "seed": seed}  # Saved with each checkpoint, and compared if a run resumes.
+    # A killed run may leave a temporary folder with a part of a checkpoint. The next run removes it.
     options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=2, cleanup_tmp_directories=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handler) as manager:

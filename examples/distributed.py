@@ -1,6 +1,7 @@
-"""TNT on a mesh of devices, of one process or of several, with checkpoints from which any other mesh can go on.
+"""TNT on a mesh of devices of one or several processes, with checkpoints from which a run on another mesh can resume.
 
-One process with eight virtual CPU devices; two with four each, here on one machine (the other with `--process 1`):
+One process with eight virtual CPU devices, and the first of two processes with four each on one machine (start the
+second one with `--process 1`):
 
     python examples/distributed.py --virtual-devices 8 --mesh 4 2
     python examples/distributed.py --virtual-devices 4 --mesh 4 2 --coordinator localhost:9876 --processes 2 --process 0
@@ -33,7 +34,7 @@ def forward(params, images):
 
 
 def on_mesh(x, devices):
-    """A matrix divided over `data` and `model`, a vector over `model`, as far as their lengths allow that."""
+    """A matrix divided over `data` and `model`, or a vector divided over `model`, if the lengths are multiples."""
     axes = zip(AXES[-x.ndim :], x.shape, strict=True)
     spec = PartitionSpec(*(name if length % devices.shape[name] == 0 else None for name, length in axes))
     return jax.make_array_from_callback(x.shape, NamedSharding(devices, spec), x.__getitem__)
@@ -51,20 +52,21 @@ def main(
     width: int = 32,
     directory: Path = Path("results/distributed"),
 ) -> None:
-    """Trains on a MESH of devices along `data` and `model` until STEPS steps are done, those of earlier runs included.
+    """Trains on a MESH of devices along `data` and `model` until STEPS steps are done, including those of earlier runs.
 
-    VIRTUAL_DEVICES are CPU devices of each process; COORDINATOR is the host:port of process 0 of all PROCESSES.
+    VIRTUAL_DEVICES is the number of CPU devices of each process. COORDINATOR is the host:port of process 0 of all
+    PROCESSES.
     """
     if virtual_devices:
         jax.config.update("jax_num_cpu_devices", virtual_devices)
     if coordinator:
-        # A process whose peer is gone ends with an error after the heartbeat's time, instead of waiting for ever.
+        # If its peer is gone, a process ends with an error after this time, instead of waiting for ever.
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=10)
     if batch_size % mesh[0]:
         raise SystemExit(f"--batch-size {batch_size} is no multiple of the {mesh[0]} devices along `data`.")
     if np.prod(mesh) != jax.device_count():
         raise SystemExit(f"--mesh {mesh[0]} {mesh[1]} needs {np.prod(mesh)} devices, got {jax.device_count()}.")
-    # Auto: the compiler divides the work after the arrays. (With Explicit axes the model would have to say how.)
+    # Auto: the compiler divides the work as the arrays are divided. (With Explicit axes, the model specifies it.)
     devices = jax.make_mesh(mesh, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
     jax.set_mesh(devices)
 
@@ -72,30 +74,30 @@ def main(
     images, labels = np.asarray(images / 16, "float32"), np.asarray(labels, "int32")
     predictive = tnt_optax.Categorical()
     value_and_grads = tnt_optax.value_and_sampled_grad(forward, predictive)
-    tx = tnt_optax.adaptive_tnt(inverse_axis=AXES)  # The devices along both axes divide the inverses among them.
+    tx = tnt_optax.adaptive_tnt(inverse_axis=AXES)  # All devices divide the inverses among them.
     params = jax.tree.map(lambda x: on_mesh(x, devices), initial_params(width))
-    state = (params, tx.init(params))  # The optimizer's state is sharded as the parameters are.
+    state = (params, tx.init(params))  # The state inherits the sharding of the parameters.
 
     def train_step(state, images, labels, key):
         _, grads, sampled_grads = value_and_grads(state[0], images, labels, key)
         updates, opt_state = tx.update(grads, state[1], state[0], sampled_grads=sampled_grads)
         return optax.apply_updates(state[0], updates), opt_state
 
-    # The step keeps the shardings.
+    # With `out_shardings`, the step keeps the shardings.
     train_step = jax.jit(train_step, donate_argnames="state", out_shardings=jax.tree.map(lambda x: x.sharding, state))
 
-    def load(x, chosen):  # A batch is divided over `data`: every process loads the part that its own devices hold.
+    def load(x, chosen):  # A batch is divided over `data`. Each process loads the part of its own devices.
         sharding = NamedSharding(devices, PartitionSpec("data"))
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, lambda index: x[chosen][index])
 
-    run = {"width": width, "batch_size": batch_size}  # What the runs of a directory have in common, on whatever mesh.
+    run = {"width": width, "batch_size": batch_size}  # Runs in one directory share this, on any mesh.
     options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=2)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handler) as manager:
         if start := manager.latest_step() or 0:
             if (saved := manager.metadata(start).custom_metadata) != run:
                 raise SystemExit(f"{directory} is of another run: {saved} there, and {run} here.")
-            state = manager.restore(start, args=ocp.args.StandardRestore(state))  # On the mesh of today.
+            state = manager.restore(start, args=ocp.args.StandardRestore(state))  # On the current mesh.
         for step in range(start + 1, steps + 1):
             chosen = np.random.default_rng(step).choice(len(images), batch_size, replace=False)
             state = train_step(state, load(images, chosen), load(labels, chosen), jax.random.key(step))

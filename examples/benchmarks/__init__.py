@@ -1,1 +1,1 @@
-"""What TNT costs in time, arithmetic and memory: `python -m benchmarks --help`, in the folder `examples`."""
+"""The cost of TNT in time, arithmetic and memory: `python -m benchmarks --help`, inside `examples/`."""

@@ -1,4 +1,4 @@
-"""What is counted: operations, bytes, and the shares of devices. Nothing is run or allocated."""
+"""Benchmarks that count: operations, bytes, and the shares of devices. Nothing is run or allocated."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ FOUR = TensorView(((0,), (1,), (2,), (3,)))
 CASES = [(shape, None) for shape in SHAPES + KERNELS] + [(shape, FOUR) for shape in FOUR_MODES]
 WIDTHS = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
 AUTOENCODER: list[Shape] = [shape for pair in itertools.pairwise(WIDTHS) for shape in (pair, pair[1:])]
-# By kind. The embedding is tied; q, k and v are one matrix; the vectors of a layer are four biases and two norms.
+# By kind. The embedding is tied. q, k and v are one matrix. The vectors of a layer are four biases and two norms.
 GPT2: dict[str, list[Shape]] = {
     "embeddings": [(50257, 768), (1024, 768)],
     "matrices": 12 * [(768, 2304), (768, 768), (768, 3072), (3072, 768)],
@@ -45,12 +45,12 @@ def state_bytes(tx: Any, params: Any) -> int:
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """As XLA counts them: a conditional with its dearer branch, a loop's body once, a call of LAPACK not at all."""
+    """Operations as XLA counts them: the larger branch of a conditional, one turn of a loop, no LAPACK calls."""
     return float((jax.jit(function).lower(*args).compile().cost_analysis() or {}).get("flops", math.nan))
 
 
 def lapack_flops(jaxpr: Any) -> float:
-    """Of Cholesky factorizations, d^3/3, and of triangular systems with n right-hand sides, d^2 n."""
+    """Operations of Cholesky factorizations, d^3/3, and of triangular systems with n right-hand sides, d^2 n."""
     total, formulas = 0.0, {"cholesky": lambda a: a[-1] ** 3 / 3, "triangular_solve": lambda a, b: a[-1] * math.prod(b)}
     for equation in jaxpr.eqns:
         if formula := formulas.get(equation.primitive.name):
@@ -61,14 +61,14 @@ def lapack_flops(jaxpr: Any) -> float:
 
 
 def panels(number: int, width: float = 5) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # `step.measure` does without.
+    from matplotlib.figure import Figure  # `step.measure` works without it.
 
     figure = Figure(figsize=(number * width, 4.5), layout="constrained")
     return figure, figure.subplots(1, number, squeeze=False)[0]
 
 
 def show(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Prints the numbers and texts of the rows, whose keys are the columns, as the table that it returns."""
+    """Prints a table of the numbers and texts of the rows, whose keys are the columns, and returns it."""
     columns = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], int | float | str)))
     cells = [[row.get(column, "") for column in columns] for row in rows]
     cells = [[f"{x / 1e6:.1f} M" if isinstance(x, int) and x >= 1e6 else x for x in row] for row in cells]
@@ -85,12 +85,12 @@ def save(path: Path, result: Mapping[str, Any], figure: Any = None) -> None:
 
 
 def count(shape: Shape, view: TensorView | None, batch_size: int) -> dict[str, Any]:
-    """Operations and bytes of state for one tensor, of TNT's update by part, each beside its formula."""
+    """Operations of the parts of an update, and bytes of state, for one tensor: pairs of a count and its formula."""
     gradient, number, inverse = array(shape), array(()), factors.Dense().inverse
     block = blocks.describe(gradient, lambda *_: view, options.MAX_DIM)
     dims, size, matrices = block.dims, math.prod(shape), tuple(map(array, block.factor_shapes))
     squares, cubes = sum(d**2 for d in dims), sum(d**3 for d in dims)
-    products = 2.0 * sum(dims) * size  # Of each number with a row of each matrix, a multiplication and an addition.
+    products = 2.0 * sum(dims) * size  # A multiplication and an addition for each number and each row of a matrix.
 
     def statistics(gradient: jax.Array, averages: Any, weight: jax.Array) -> Any:
         tensor, modes = block.to_tensor(gradient), enumerate(zip(block.factors, averages, strict=True))
@@ -111,7 +111,7 @@ def count(shape: Shape, view: TensorView | None, batch_size: int) -> dict[str, A
         "TNT, bytes": (state_bytes(tnt, gradient), 4 * (size + 2 * squares)),
         "Adam, bytes": (state_bytes(adam, gradient), 4 * 2 * size),
     }
-    if view is None:  # Shampoo has no others. Of its Newton iterations one turn is counted.
+    if view is None:  # Shampoo has no other views. One turn of its Newton iteration is counted.
         p, tx = 2 * len(dims), shampoo(1e-3, statistics_period=1, inverse_period=1)
         power = p.bit_length() + p.bit_count() - 2  # Products of matrices, by repeated squaring.
         counts["Shampoo"] = (of_update(tx), 2 * products + 2 * (power + 2) * cubes)
@@ -125,11 +125,11 @@ def count(shape: Shape, view: TensorView | None, batch_size: int) -> dict[str, A
 
 
 def complexity(
-    batch_size: Annotated[int, typer.Option(help="examples in a batch")] = 128,
-    max_dim: Annotated[int, typer.Option(help="length of the longest mode")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="number of examples in a batch")] = 128,
+    max_dim: Annotated[int, typer.Option(help="length of the longest axis of a tensor")] = 2048,
     out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/complexity.json"),
 ) -> None:
-    """Table 1 of the paper, counted in compiled programs: memory and arithmetic of TNT, Shampoo and Adam."""
+    """Counts Table 1 of the paper in compiled programs: memory and arithmetic of TNT, Shampoo and Adam."""
     cases = [(shape, view) for shape, view in CASES if max(shape) <= max_dim]
     rows = [{"shape": [*x], **count(x, v, batch_size)} for x, v in track(cases, "shapes")]
     ratios = [{k: x[0] / x[1] if isinstance(x, tuple) else x for k, x in row.items()} for row in rows]
@@ -146,7 +146,7 @@ def complexity(
 
 
 def load(shapes: list[Shape], devices: int) -> dict[str, float]:
-    """The largest share of a device in an inverse update, by d^3, and bytes on a device, parameters being divided."""
+    """The largest share of one device in the work d^3 of an inverse update, and bytes on a device on a mesh."""
     mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Explicit,))
     pairs = [zip(x.factors, x.dims, strict=True) for x in blocks.describe([*map(array, shapes)], None, options.MAX_DIM)]
     lengths = Counter(d for factor, d in itertools.chain(*pairs) if factor == factors.Dense())
@@ -159,7 +159,7 @@ def load(shapes: list[Shape], devices: int) -> dict[str, float]:
         spec = [None] * shape.index(longest) + ["data"] if longest else []
         return array(shape, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
-    def size(tree: Any) -> int:  # Counters are on no mesh, and so on every device.
+    def size(tree: Any) -> int:  # Counters are on no mesh: each device has them.
         local = [(x.sharding.shard_shape(x.shape) if x.sharding else x.shape, x.dtype) for x in jax.tree.leaves(tree)]
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in local)
 
@@ -170,10 +170,10 @@ def load(shapes: list[Shape], devices: int) -> dict[str, float]:
 
 
 def meshes(
-    devices: Annotated[list[int], typer.Option(help="number of devices; the option may be repeated")] = DEVICES,
+    devices: Annotated[list[int], typer.Option(help="number of devices; repeatable")] = DEVICES,
     out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/meshes.json"),
 ) -> None:
-    """The load of each device of a mesh: the largest share of an inverse update, and bytes of parameters and state."""
+    """Counts the load of a device of a mesh: its share of an inverse update, and bytes of parameters and state."""
     models = {"autoencoder": AUTOENCODER, "gpt2": GPT2_SHAPES}
     results = {name: [{"devices": n} | load(shapes, n) for n in devices] for name, shapes in models.items()}
     tables = {f"meshes-{name}": show(f"meshes-{name}", rows) for name, rows in results.items()}
@@ -181,10 +181,10 @@ def meshes(
 
 
 def memory(
-    max_dims: Annotated[list[int], typer.Option(help="max_dim of TNT; the option may be repeated")] = MAX_DIMS,
+    max_dims: Annotated[list[int], typer.Option(help="`max_dim` of TNT; repeatable")] = MAX_DIMS,
     out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/memory.json"),
 ) -> None:
-    """Bytes of state for GPT-2's 124M parameters, of TNT at several `max_dim`, and of other optimizers."""
+    """Counts the bytes of state for GPT-2 (124M parameters), of TNT with several `max_dim` and of other optimizers."""
     optimizers: dict[str, Any] = {"AdamW": optax.adamw(1e-3), "Muon": optax.contrib.muon(1e-3)}
     optimizers |= {"SOAP": soap(1e-3), "Shampoo": shampoo(1e-3)}
     for label, view in {"": None, ", vectors diagonal": TensorView(((0,),), diagonal_modes=(0,))}.items():
@@ -196,8 +196,8 @@ def memory(
         total = sum(of_kind.values())
         rows.append({"optimizer": name, **of_kind, "total": total, "per_parameter": total / parameters})
     figure, (axis,) = panels(1, width=7)
-    shown = [row for row in rows[::-1] if row["optimizer"] != "Shampoo"]  # Its bar is as long as all the others.
-    for kinds in ([*GPT2][:end] for end in (3, 2, 1)):  # Sums, the longest behind the others.
+    shown = [row for row in rows[::-1] if row["optimizer"] != "Shampoo"]  # Its bar would make all others short.
+    for kinds in ([*GPT2][:end] for end in (3, 2, 1)):  # Cumulative sums: the longest bar is drawn first.
         sums = [sum(row[kind] for kind in kinds) / parameters for row in shown]
         axis.barh([row["optimizer"] for row in shown], sums, label=kinds[-1])
     axis.legend()

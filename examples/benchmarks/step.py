@@ -1,4 +1,4 @@
-"""What is timed: steps beside other optimizers, in turn, their parts, and updates of models that grow."""
+"""Benchmarks that measure time: steps of several optimizers in turn, parts of a step, and updates by model size."""
 
 import enum
 import functools
@@ -25,7 +25,7 @@ from tnt_optax import blocks, options, phases
 Model = enum.StrEnum("Model", ["autoencoder", "resnet32", "transformer"])
 MODELS = list(Model)
 WIDTHS, DEPTHS = [256, 512, 1024, 2048, 4096], [2, 4, 8, 16, 32, 64]
-RATE = 1e-4  # No step gets far; only its cost is measured.
+RATE = 1e-4  # A step changes little: only its cost is measured.
 
 
 class Problem(NamedTuple):
@@ -36,10 +36,10 @@ class Problem(NamedTuple):
 
 
 def make_problem(model: str, width: int, dtype: str, tiny: bool = False, plain: bool = False) -> Problem:
-    """With random data, because no step depends on them. `width` and `dtype` are the transformer's."""
+    """A model and random data, which do not change the cost. `width` and `dtype` are those of the transformer."""
     key, rngs, times = jax.random.key(0), nnx.Rngs(0), 1 if tiny or jax.default_backend() == "cpu" else 8
     predictive: Any = tnt_optax.Bernoulli() if model == "autoencoder" else tnt_optax.Categorical()
-    if model == "autoencoder":  # The paper's for MNIST.
+    if model == "autoencoder":  # The paper's model for MNIST.
         pixels, widths = (16, (8, 4)) if tiny else (784, (1000, 500, 250, 30))
         module: Any = Autoencoder(pixels, widths, rngs=rngs)
         inputs = jax.random.uniform(key, (1000, pixels))
@@ -60,11 +60,11 @@ def make_problem(model: str, width: int, dtype: str, tiny: bool = False, plain: 
 
 
 def contenders(problem: Problem, plain: Callable[[], Problem]) -> dict[str, Callable[[], Any]]:
-    """Each returns a step, (params, state, i) -> (params, state), and its first (params, state), or raises an error."""
+    """Functions that return a step, (params, state, i) -> (params, state), and its first arguments, or raise."""
     tnt = functools.partial(tnt_optax.tnt, damping=0.1, trust_radius=0.1, statistics_period=1, inverse_period=20)
     adaptive, of = tnt_optax.adaptive_tnt, functools.partial(functools.partial, with_optax, problem)
 
-    def psgd(rate: float) -> Any:  # It accepts no extra arguments but its own.
+    def psgd(rate: float) -> Any:  # It accepts only its own extra arguments.
         kron = importlib.import_module("psgdax").kron(rate, preconditioner_update_probability=1 / 20)
         return optax.GradientTransformation(*kron)
 
@@ -86,7 +86,7 @@ def contenders(problem: Problem, plain: Callable[[], Problem]) -> dict[str, Call
 
 
 def with_optax(problem: Problem, make: Callable[..., Any], subsample: int = 1, **settings: Any) -> Any:
-    """A gradient transformation; labels are sampled for one example in `subsample`, in a forward pass of their own."""
+    """A gradient transformation. Labels are sampled for 1/`subsample` of the batch, in a separate forward pass."""
     value_and_grads: Any = tnt_optax.value_and_sampled_grad(problem.forward, problem.predictive)
     tx = optax.with_extra_args_support(make(RATE, **settings))
 
@@ -95,20 +95,20 @@ def with_optax(problem: Problem, make: Callable[..., Any], subsample: int = 1, *
         key, part = jax.random.key(i), [x[: max(len(x) // subsample, 1)] for x in batch]
         _, grads, whole = value_and_grads(params, *batch, key)
         sampled = whole if subsample == 1 else lambda: value_and_grads(params, *part, key)[2]()
-        updates, state = tx.update(grads, state, params, sampled_grads=sampled)  # Costs nothing where it is not called.
+        updates, state = tx.update(grads, state, params, sampled_grads=sampled)  # No cost if it is not called.
         return optax.apply_updates(params, updates), state
 
     params, state = jax.tree.map(jnp.copy, problem.params), tx.init(problem.params)
-    if optax.tree.get_all_with_path(state, "count"):  # After the first period, in which TNT inverts more often.
+    if optax.tree.get_all_with_path(state, "count"):  # After the first period, which has more inverse updates.
         state = optax.tree.set(state, count=np.int32(99))
     return lambda params, state, i: step(params, state, problem.batch, i), (params, state)
 
 
 def with_kfac_jax(problem: Problem) -> Any:
-    """DeepMind's kfac-jax with its TNT blocks: statistics at every step, inverses every 20 steps."""
+    """DeepMind's kfac-jax with its TNT blocks: statistics at each step, inverses every 20 steps."""
     kfac_jax: Any = importlib.import_module("kfac_jax")
     matcher: Any = importlib.import_module("kfac_jax._src.tag_graph_matcher")
-    # That of release 0.0.8 unpacks what JAX no longer returns, and nothing public replaces it.
+    # The function of release 0.0.8 unpacks a result that JAX no longer returns. No public function replaces it.
     matcher.eval_jaxpr_eqn = lambda e, x: jax.tree.leaves(e.primitive.bind(*x, **e.primitive.get_bind_params(e.params)))
 
     def registered(params: Any, batch: Any) -> jax.Array:
@@ -117,7 +117,7 @@ def with_kfac_jax(problem: Problem) -> Any:
             kfac_jax.register_sigmoid_cross_entropy_loss(logits, batch[1])
         else:
             kfac_jax.register_softmax_cross_entropy_loss(logits.reshape(-1, logits.shape[-1]), batch[1].reshape(-1))
-        return jnp.sum(logits)  # What it returns does not matter; the loss itself has operations that it can't trace.
+        return jnp.sum(logits)  # The result is not used. kfac-jax cannot trace some operations of the loss.
 
     settings = {"l2_reg": 0.0, "num_burnin_steps": 0, "curvature_ema": 0.9, "inverse_update_period": 20}
     settings |= {"value_func_for_estimator": registered, "estimation_mode": "fisher_gradients"}
@@ -132,7 +132,7 @@ def with_kfac_jax(problem: Problem) -> Any:
 
 
 def race(runners: Mapping[str, Callable[[], Any]], steps: int) -> list[dict[str, Any]]:
-    """One row for each optimizer, or its error. Two steps do not count: both compile where a dtype changes."""
+    """A row for each optimizer, with its error if it has one. The first two steps, which may compile, do not count."""
     rows: dict[str, dict[str, Any]] = {name: {"optimizer": name} for name in runners}
     carries, seconds = {}, {name: [] for name in runners}
     for i, name in track([(i, name) for i in range(steps + 2) for name in runners], "steps in turn"):
@@ -155,15 +155,16 @@ def race(runners: Mapping[str, Callable[[], Any]], steps: int) -> list[dict[str,
 
 
 def summary(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, median and worst. For mean and worst each step has the median of those at its place in a period of 20: this
-    leaves out what the machine does besides; a step that ends a period of 100 has none like it."""
+    """Mean, median and worst. For the mean and the worst, the time of a step is replaced by the median of the steps at
+    its place in the period of 20, which removes disturbances. The steps that end a period of 100 are a place of their
+    own."""
     places = np.asarray([0 if i % 100 == 0 else 1 + i % 20 for i in range(1, len(seconds) + 1)])
     typical = [np.median(np.asarray(seconds)[places == place]) for place in places]
     return float(np.mean(typical)), float(np.median(seconds)), float(max(typical))
 
 
 def milliseconds(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median of each, called in turn; the first call, which may compile, does not count."""
+    """The median time of each function. They are called in turn. The first call, which may compile, does not count."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for name, function in (rounds + 1) * [*functions.items()]:
         start = time.perf_counter()
@@ -173,7 +174,7 @@ def milliseconds(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dic
 
 
 def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
-    """The parts of a step, each alone, and what their arithmetic costs at the rate of float32 matrix products."""
+    """The time of each part of a step alone, and the time of its arithmetic at the rate of float32 matrix products."""
     params, leaves = problem.params, jax.tree.leaves(problem.params)
     described: Any = blocks.describe(leaves, None, options.MAX_DIM)
     state: Any = tnt_optax.scale_by_tnt().init(leaves)
@@ -190,23 +191,23 @@ def parts(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     }
     ms = milliseconds({name: functools.partial(jax.jit(f), *args) for name, (f, args) in functions.items()}, rounds)
     counts = {name: flops(f, *args) for name, (f, args) in functions.items() if name != "inverses"}
-    counts["contractions"] /= 2  # One half is the mirror of the other.
+    counts["contractions"] /= 2  # They are symmetric: half of the operations suffice.
     counts["inverses"] = sum(len(c) ** 3 for c in jax.tree.leaves(matrices) if c.ndim == 2)  # LAPACK's potrf and potri.
     rate = counts.pop("product") / ms.pop("product")
     return [{"part": name, "ms": ms[name], "floor_ms": counts[name] / rate} for name in ms]
 
 
 def measure(
-    models: Annotated[list[Model], typer.Option(help="model; the option may be repeated")] = MODELS,
+    models: Annotated[list[Model], typer.Option(help="name of a model; repeatable")] = MODELS,
     out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/step.json"),
-    steps: Annotated[int, typer.Option(help="number of steps, a multiple of the period 20")] = 100,
-    skip: Annotated[list[str] | None, typer.Option(help="optimizer to leave out; the option may be repeated")] = None,
-    rounds: Annotated[int, typer.Option(help="repetitions for the parts of a step")] = 10,
+    steps: Annotated[int, typer.Option(help="number of steps, a multiple of 20")] = 100,
+    skip: Annotated[list[str] | None, typer.Option(help="optimizer to leave out; repeatable")] = None,
+    rounds: Annotated[int, typer.Option(help="number of repetitions of each part of a step")] = 10,
     width: Annotated[int, typer.Option(help="width of the transformer")] = 256,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="dtype of the transformer")] = "float32",
     tiny: Annotated[bool, typer.Option(help="small models, for tests")] = False,
 ) -> None:
-    """The time of a step of each optimizer, which take steps in turn, relative to SGD with momentum; TNT's parts."""
+    """Measures the time of a step of each optimizer, relative to SGD with momentum, and of the parts of TNT's step."""
     results, tables = {}, {}
     for model in models:
         make = functools.partial(make_problem, model, width, dtype, tiny)
@@ -230,7 +231,7 @@ def measure(
 
 
 def of_update(params: Any, run: bool = True) -> dict[str, float]:
-    """Of Adam, and of TNT, with new inverses ("refresh") and without."""
+    """Milliseconds of an update of Adam, and of TNT with an inverse update ("refresh") and without; compile times."""
     seconds, updates, tnt = {}, {}, tnt_optax.tnt(RATE, statistics_period=1, inverse_period=20)
     for name, tx, counts in (("adam", optax.adam(RATE), {"_ms": 41}), ("tnt", tnt, {"_ms": 41, "_refresh_ms": 20})):
         start, update = time.perf_counter(), optax.with_extra_args_support(tx).update
@@ -244,11 +245,11 @@ def of_update(params: Any, run: bool = True) -> dict[str, float]:
 
 
 def growth(
-    widths: Annotated[list[int], typer.Option(help="width of one layer; the option may be repeated")] = WIDTHS,
-    depths: Annotated[list[int], typer.Option(help="number of layers of 128x128; the option may be repeated")] = DEPTHS,
+    widths: Annotated[list[int], typer.Option(help="width of one layer; repeatable")] = WIDTHS,
+    depths: Annotated[list[int], typer.Option(help="number of layers of 128x128; repeatable")] = DEPTHS,
     out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/growth.json"),
 ) -> None:
-    """The time of an update alone, by the width of a layer and the number of layers; GPT-2's is compiled only."""
+    """Measures the time of an update alone, by the width of a layer and the number of layers (of GPT-2, to compile)."""
     layers = {"width": (widths, lambda n: jnp.ones((n, n))), "depth": (depths, lambda n: [jnp.ones((128, 128))] * n)}
     results = {k: [{k: n} | of_update(make(n)) for n in track(sizes, k)] for k, (sizes, make) in layers.items()}
     large = of_update([*map(array, GPT2_SHAPES)], run=False)

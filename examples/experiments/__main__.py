@@ -6,7 +6,7 @@ from experiments.runner import UsageError
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] == ["gpu"]:  # On a machine that may have nothing but JAX's family of packages.
+        if sys.argv[1:2] == ["gpu"]:  # The machine may have only JAX, Flax and Optax.
             from experiments import gpu
 
             gpu.main(sys.argv[2:])

@@ -1,8 +1,9 @@
-"""Shampoo, KFAC and SOAP, plain: baselines for TNT.
+"""Plain implementations of Shampoo, KFAC and SOAP: baselines for TNT.
 
 Shampoo (Gupta, Koren & Singer, 2018) and KFAC (Martens & Grosse, 2015; for dense layers) have the momentum, averages
-and periods of `tnt_optax.tnt`: the first averages are plain means, and during the first `inverse_period` steps new
-statistics give new inverses. SOAP (Vyas et al., 2024) is Adam in the eigenbases of Shampoo's statistics.
+and periods of `tnt_optax.tnt`: the first averages are plain means, and during the first `inverse_period` steps the
+inverses are updated after each statistics update. SOAP (Vyas et al., 2024) is Adam in the eigenbases of the statistics
+of Shampoo.
 """
 
 import functools
@@ -17,12 +18,12 @@ from jax.scipy.linalg import solve
 
 import tnt_optax
 
-_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # The default of a GPU is less than float32.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # GPUs have a lower precision by default.
 _tensordot = functools.partial(jnp.tensordot, precision=lax.Precision.HIGHEST)
 
 
 class KroneckerState(NamedTuple):
-    """For each block (a parameter or a layer) its momentum and, by mode, its statistics and inverses."""
+    """The momentum of each block (a parameter or a layer) and, by mode, its statistics and inverses."""
 
     count: jax.Array
     momentum: list[jax.Array]
@@ -35,7 +36,7 @@ def shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """W <- W - learning_rate * m x_1 (L_1 + damping I)^(-1/2k) ... x_k (L_k + damping I)^(-1/2k).
 
-    L_i is the moving average of mat_i(g) mat_i(g)^T, g being the gradient itself.
+    L_i is the moving average of mat_i(g) mat_i(g)^T, where g is the gradient itself.
     """
     averages = statistics_decay, momentum, statistics_period, inverse_period
     return _by_kronecker(learning_rate, averages, damping, lambda c, k: inverse_root(c, 2 * k), None)
@@ -46,8 +47,9 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """V <- V - learning_rate * (A + sqrt(damping) I)^-1 m (B + sqrt(damping) I)^-1, V = [kernel; bias] of each layer.
 
-    `update` takes A and B as `sampled_grads`: see `value_and_layer_factors`. (Divided by the ratio of their traces, as
-    Martens & Grosse do, the damping that TNT's authors published for KFAC lets it diverge within an epoch of MNIST.)
+    `update` takes A and B as `sampled_grads`: see `value_and_layer_factors`. Martens & Grosse divide the damping by the
+    ratio of the traces of A and B. It is not divided here: with the damping that the authors of TNT published for KFAC,
+    the division makes KFAC diverge within an epoch of MNIST.
     """
     averages = statistics_decay, momentum, statistics_period, inverse_period
     return _by_kronecker(
@@ -56,9 +58,10 @@ def kfac(
 
 
 def value_and_layer_factors(forward: Callable[..., Any], predictive: tnt_optax.PredictiveDistribution) -> Any:
-    """`tnt_optax.value_and_sampled_grad` for KFAC: the third result gives A and B for targets sampled from the model.
+    """`tnt_optax.value_and_sampled_grad` for KFAC: the third result returns A and B for targets sampled from the model.
 
-    A is the mean of x x^T over a layer's inputs, with a one appended, and B of g g^T over its outputs' gradients.
+    For each layer, A is the mean of x x^T, where x is an input with a one appended. B is the mean of g g^T, where g is
+    the gradient with respect to an output.
     `forward(params, inputs, tap)` replaces the output of each layer, in the order of `params`, by `tap(input, output)`.
     """
 
@@ -84,7 +87,7 @@ def value_and_layer_factors(forward: Callable[..., Any], predictive: tnt_optax.P
             _, cotangents = pullback(jax.grad(predictive.loss)(outputs, sampled))
             with_ones = [jnp.concatenate([x, jnp.ones((m, 1))], axis=1) for x in layer_inputs]
             pairs = zip(with_ones, cotangents, strict=True)
-            # The loss is a mean: an example's own gradient is m times its share.
+            # The loss is a mean: the gradient of an example is m times its share.
             return structure.unflatten([[_matmul(x.T, x) / m, m * _matmul(g.T, g)] for x, g in pairs])
 
         return loss, pullback(cotangent)[0], factors
@@ -107,7 +110,7 @@ def _by_kronecker(
         blocks, structure = jax.tree.flatten(updates, is_leaf=is_block)
 
         def absorb(weight: Any) -> Any:
-            observed = sampled_grads if is_block else updates  # Shampoo's are the gradients themselves.
+            observed = sampled_grads if is_block else updates  # Shampoo uses the gradients.
             new = structure.flatten_up_to(observed() if callable(observed) else observed)
             if is_block is None:
                 new = [[_contraction(g, mode) for mode in range(g.ndim)] for g in map(_view, new)]
@@ -130,7 +133,7 @@ def _by_kronecker(
 
 
 class SoapMoments(NamedTuple):
-    """Of one parameter. A mode without matrices keeps its own basis."""
+    """The state of SOAP for one parameter. A mode without matrices keeps the basis of the parameter."""
 
     first: jax.Array  # In the parameter's own basis.
     second: jax.Array  # In the eigenbases.
@@ -149,9 +152,9 @@ def soap(
     max_dim=10_000,
     weight_decay=0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam with decoupled weight decay in the eigenbases of the averages of mat_i(g) mat_i(g)^T, as its authors' code.
+    """Adam with decoupled weight decay, in the eigenbases of the averages of mat_i(g) mat_i(g)^T (the authors' code).
 
-    The first step makes the bases and no update. Vectors, and modes longer than `max_dim`, keep their own basis.
+    The first step computes the bases, and its update is 0. Vectors, and modes longer than `max_dim`, keep their basis.
     """
 
     def init(params: Any) -> Any:
@@ -175,7 +178,7 @@ def soap(
     def initialized(m: SoapMoments) -> tuple[Any, Any]:
         return m.second, {i: jnp.linalg.eigh(c)[1] for i, c in m.statistics.items()}
 
-    def refreshed(m: SoapMoments) -> tuple[Any, Any]:  # A power iteration, the largest estimated eigenvalues first.
+    def refreshed(m: SoapMoments) -> tuple[Any, Any]:  # A power iteration; the largest eigenvalues are first.
         products = {i: _matmul(c, m.bases[i]) for i, c in m.statistics.items()}
         orders = {i: jnp.argsort(-jnp.sum(m.bases[i] * x, axis=0)) for i, x in products.items()}
         bases = {i: jnp.linalg.qr(x[:, orders[i]])[0] for i, x in products.items()}
@@ -185,7 +188,7 @@ def soap(
         (t, moments), (leaves, structure) = state, jax.tree.flatten(updates)
         pairs = [step(t, *columns) for columns in zip(jax.tree.leaves(params), leaves, moments, strict=True)]
         directions, moments = [d for d, _ in pairs], [m for _, m in pairs]
-        # The directions are of the old bases: no gradient is projected on a basis that it has changed itself.
+        # The directions use the old bases, so that no gradient is projected on a basis that depends on it.
         branch = jnp.where(t == 0, 0, jnp.where(t % precondition_frequency == 0, 1, 2))
         branches = initialized, refreshed, lambda m: (m.second, m.bases)
         new = lax.switch(branch, [lambda f=f: [f(m) for m in moments] for f in branches])
@@ -198,9 +201,9 @@ def soap(
 def inverse_root(matrix: jax.Array, p: int) -> jax.Array:
     """A^(-1/p) of a symmetric positive definite matrix, by the coupled Newton iteration (Guo & Higham, 2006).
 
-    X_0 = z^(1/p) I, M_0 = z A, T = ((p+1) I - M) / p, X <- X T, M <- T^p M, until M is I; z puts the eigenvalues of M_0
-    below p + 1. In float32 an ill-conditioned A does not get there: the X before the error grows is taken, as Anil et
-    al. (2021) do.
+    X_0 = z^(1/p) I, M_0 = z A, T = ((p+1) I - M) / p, X <- X T, M <- T^p M, until M is I. The scale z makes the
+    eigenvalues of M_0 less than p + 1. For an ill-conditioned A in float32, M does not reach I. The result is then the
+    X before the error grows, as in Anil et al. (2021).
     """
     eye = jnp.eye(len(matrix))
     z = (1 + p) / (2 * jnp.linalg.norm(matrix))
@@ -211,7 +214,7 @@ def inverse_root(matrix: jax.Array, p: int) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             new, m = x @ t, jnp.linalg.matrix_power(t, p) @ m
         now = jnp.max(jnp.abs(m - eye))
-        good = now < 1.2 * error  # False for NaN, too.
+        good = now < 1.2 * error  # False for NaN too.
         return count + 1, jnp.where(good, new, x), m, now, good
 
     start = jnp.int32(0), z ** (1 / p) * eye, z * matrix, jnp.float32(jnp.inf), jnp.bool_(True)
@@ -228,14 +231,14 @@ def _contraction(view: jax.Array, mode: int) -> jax.Array:
 
 
 def _mode_products(view: jax.Array, matrices: Mapping[int, jax.Array], axis: int = 0) -> jax.Array:
-    """The sums over each mode and this axis of its matrix; a mode without matrix is left as it is."""
-    for mode in range(view.ndim):  # Each turn moves its mode to the end: after all of them they are in order.
+    """The products with the matrices, summed over each mode and this axis of its matrix. Other modes do not change."""
+    for mode in range(view.ndim):  # Each turn moves its mode to the end, so that they end in order.
         view = _tensordot(view, matrices[mode], axes=(0, axis)) if mode in matrices else jnp.moveaxis(view, 0, -1)
     return view
 
 
 def _view(block: Any) -> jax.Array:
-    """A layer's kernel above its bias; or as TNT, kernels of convolutions with one spatial mode, scalars as vectors."""
+    """A layer as [kernel; bias]. A parameter as in TNT: one spatial mode for convolutions, a vector for a scalar."""
     if _is_layer(block):
         return jnp.concatenate([block["kernel"], block["bias"][None]])
     view = block.reshape(-1, *block.shape[-2:]) if block.ndim >= 4 else jnp.atleast_1d(block)
@@ -243,7 +246,7 @@ def _view(block: Any) -> jax.Array:
 
 
 def _as_block(view: jax.Array, block: Any) -> Any:
-    """The inverse of `_view`; a layer's leaves are in the order of their names."""
+    """The inverse of `_view`. The leaves of a layer are in the order of their names."""
     if _is_layer(block):
         return jax.tree.unflatten(jax.tree.structure(block), [view[-1], view[:-1]])
     return view.reshape(block.shape).astype(block.dtype)

@@ -1,4 +1,4 @@
-"""Trains workloads with optimizers, and makes tables and pictures of the results. (`gpu --help`: what a GPU runs.)"""
+"""Trains workloads with optimizers, and makes tables and pictures of the results. (For a GPU: the command `gpu`.)"""
 
 import inspect
 import itertools
@@ -19,7 +19,7 @@ app.command("robustness")(robustness.measure)
 
 @app.command("list")
 def list_all() -> None:
-    """Shows the workloads with their options, and the optimizers with their grids."""
+    """Lists the workloads with their options, and the optimizers with their learning rates."""
     rows = []
     for name, workload in WORKLOADS.items():
         options = list(inspect.signature(workload.make).parameters.values())[1:]
@@ -31,24 +31,38 @@ def list_all() -> None:
 
 @app.command()
 def run(
-    workload: Annotated[str, typer.Argument(help="a workload of `list`")],
+    workload: Annotated[str, typer.Argument(help="name of a workload (see `list`)")],
     optimizers: Annotated[
-        list[str], typer.Option("--optimizers", "-o", help="optimizers of `list`, separated by commas")
+        list[str],
+        typer.Option("--optimizers", "-o", help="names of optimizers (see `list`), separated by commas; repeatable"),
     ],
-    seeds: Annotated[int, typer.Option(help="number of seeds, 0, 1, ...")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="epochs of each training (default: the workload's)")] = None,
-    steps: Annotated[int | None, typer.Option(help="steps of each training, in place of --epochs")] = None,
-    seconds: Annotated[float, typer.Option(help="time limit of each training, in seconds of steps")] = math.inf,
-    tuning_epochs: Annotated[
-        int | None, typer.Option(help="epochs of each tuning run (default: the workload's)")
+    seeds: Annotated[int, typer.Option(help="number of seeds; the seeds are 0, 1, ...")] = 1,
+    epochs: Annotated[
+        int | None, typer.Option(help="number of epochs of each training (default: the workload's)")
     ] = None,
-    falling: Annotated[bool | None, typer.Option(help="falling learning rates (default: the workload's)")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="number of steps, in place of --epochs, for workloads whose epochs are numbers of steps"),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="time limit of each training in seconds of steps, checked after each epoch")
+    ] = math.inf,
+    tuning_epochs: Annotated[
+        int | None, typer.Option(help="number of epochs of each tuning run (default: the workload's)")
+    ] = None,
+    falling: Annotated[
+        bool | None, typer.Option(help="falling or constant learning rates (default: the workload's)")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="learning rate, in place of tuning")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None,
-    option: Annotated[list[str] | None, typer.Option("--set", help="option of the workload, as name=value")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="folder of the data, for workloads that read files (default: a download)")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="option of the workload, as name=value; repeatable")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
 ) -> None:
-    """Tunes and trains a workload with optimizers. The same command resumes an interrupted run."""
+    """Tunes learning rates, and trains a workload with optimizers. The same command resumes an interrupted run."""
     names = [name for text in optimizers for name in text.split(",")]
     runner.known([workload], WORKLOADS, "workload")
     runner.known(names, OPTIMIZERS, "optimizer")
@@ -115,10 +129,10 @@ def parsed(workload: str, texts: list[str]) -> dict[str, Any]:
 def make_report(
     folder: Annotated[Path, typer.Argument(help="folder of the results")] = Path("results"),
     pages: Annotated[
-        list[Path] | None, typer.Option("--page", help="page or folder of pages, with tables to replace")
+        list[Path] | None, typer.Option("--page", help="page, or folder of pages, with tables to replace; repeatable")
     ] = None,
 ) -> None:
-    """Draws a picture of each workload beside its results, and prints its table or puts it into pages."""
+    """Draws pictures of the results into their folder, and prints their tables or replaces those of pages."""
     tables, of_workloads = report.tables(folder), report.results(folder)
     for name, of_workload in of_workloads.items():
         workload = WORKLOADS.get(name)
@@ -134,7 +148,8 @@ def make_report(
 
 @app.command()
 def pack_cifar10(
-    path: Path, data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None
+    path: Annotated[Path, typer.Argument(help="file to write")],
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets (default: a download)")] = None,
 ) -> None:
-    """Writes CIFAR-10 to one file of 20 MB, `cifar10.npz`, for machines without TFDS (`--data-dir` is its folder)."""
+    """Writes CIFAR-10 to one file of 20 MB for machines without TFDS: name it `cifar10.npz`, in their `--data-dir`."""
     data.pack_cifar10(data_dir, path)

@@ -1,4 +1,4 @@
-"""Algorithm 2 of the paper beside the bound of its Theorem 1, on a problem of which every constant is known.
+"""Algorithm 2 of the paper, compared with the bound of its Theorem 1, on a problem whose constants are all known.
 
 Algorithm 2 is TNT with the exact covariance of the sampled gradient in place of an estimate, without momentum:
 W <- W - alpha_t F_TNT^-1 g_t, where F_TNT = (U_1 + eps I) x ... x (U_k + eps I), the U_i are those of Eq. (5) from the
@@ -6,9 +6,10 @@ exact E[G^(i)], and g_t is the gradient of a batch of m examples, drawn with rep
 regression of the digits 0, 1 and 2: images x of 4x4 pixels, W of the shape (4, 4, 3). The gradient of one example is
 the tensor product of x and p - e_y, where p(x, W) are the predicted probabilities and y is a label.
 
-docs/benchmarks/theory.md derives, for every W: L = lambda_max(E[x x^T]) / 2, sigma^2 = 2 E|x|^2 for one example,
-kappa_high = eps^-k, kappa_low = prod_i 1 / (u_i + eps) with u_i >= |U_i|; and the bound of Theorem 1 for the step sizes
-alpha_t = kappa_low / (L kappa_high^2) t^-beta, with f(W_1) = log 3 at W_1 = 0 and 0 for the lowest loss.
+docs/benchmarks/theory.md derives constants that are valid for every W: L = lambda_max(E[x x^T]) / 2, sigma^2 = 2 E|x|^2
+for one example, kappa_high = eps^-k, and kappa_low = prod_i 1 / (u_i + eps) with u_i >= |U_i|. From them follows the
+bound of Theorem 1 for the step sizes alpha_t = kappa_low / (L kappa_high^2) t^-beta, with f(W_1) = log 3 at W_1 = 0,
+and with 0 as the lowest loss.
 """
 
 import functools
@@ -29,7 +30,7 @@ from experiments import report
 from tnt_optax.factors import Dense, mode_products, normalize_factor
 
 CLASSES, DENSE, OUT = 3, Dense(), Path("results")
-SETTINGS = ((0.6, 1), (0.75, 1), (0.9, 1), (0.75, 10), (0.75, 100))  # beta, and the step sizes over the theorem's
+SETTINGS = ((0.6, 1), (0.75, 1), (0.9, 1), (0.75, 10), (0.75, 100))  # beta; multiples of the theorem's step sizes
 
 
 class Constants(NamedTuple):
@@ -54,7 +55,7 @@ class Constants(NamedTuple):
 
 
 def load(examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first images of each class (n, 4, 4), every pixel of mean 0 and all of mean square 1, and the labels (n,)."""
+    """The first images of each class (n, 4, 4), with mean 0 at each pixel and mean square 1 in all; the labels (n,)."""
     images, labels = load_digits(return_X_y=True)
     chosen = np.concatenate([np.flatnonzero(labels == label)[:examples] for label in range(CLASSES)])
     inputs = images[chosen].reshape(-1, 4, 2, 4, 2).mean((2, 4))
@@ -87,7 +88,7 @@ def loss(w: jax.Array, inputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def exact_contractions(w: jax.Array, inputs: jax.Array) -> list[jax.Array]:
-    """E[G^(i)], i = 1, ..., k: the sum over all images x and all labels y, of which the model gives the probability."""
+    """E[G^(i)], i = 1, ..., k: the sum over all images x and all labels y, weighted by the model's probabilities."""
     p = jax.nn.softmax(jnp.einsum("nij,ijk->nk", inputs, w))
     errors = p[:, None] - jnp.eye(CLASSES, dtype=p.dtype)  # (n, y, k)
     gradients = jnp.einsum("nij,nyk->nyijk", inputs, errors).reshape(-1, *w.shape)
@@ -96,14 +97,14 @@ def exact_contractions(w: jax.Array, inputs: jax.Array) -> list[jax.Array]:
 
 
 def direction(w: jax.Array, gradient: jax.Array, inputs: jax.Array, damping: float) -> jax.Array:
-    """F_TNT^-1 g, by the library's own functions."""
+    """F_TNT^-1 g, computed by functions of the library."""
     factors = [normalize_factor(DENSE, c, w.ndim, w.size) for c in exact_contractions(w, inputs)]
     inverses = [DENSE.inverse(u, jnp.asarray(damping, u.dtype)) for u in factors]
     return mode_products([DENSE] * w.ndim, gradient, inverses)
 
 
 def make_run(inputs: Any, labels: Any, *, steps: int, batch_size: int, damping: float) -> Callable[..., jax.Array]:
-    """A function (alpha_1, beta, key) that gives |grad f|^2 at the steps t = 1, ..., `steps` of Algorithm 2."""
+    """A function (alpha_1, beta, key) that returns |grad f|^2 at the steps t = 1, ..., `steps` of Algorithm 2."""
     inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
 
     @jax.jit
@@ -120,7 +121,7 @@ def make_run(inputs: Any, labels: Any, *, steps: int, batch_size: int, damping: 
 
 
 def measure(run: Callable[..., jax.Array], known: Constants, steps: int, seeds: int, batch_size: int) -> list[Any]:
-    """For each of the settings the mean over the runs of the average over t = 1, ..., N, beside the bound."""
+    """For each setting, the average over the steps t = 1, ..., N, its mean over the runs, and the bound."""
     counts = np.union1d(np.geomspace(1, steps, 50).round().astype(int), 10 ** np.arange(len(str(steps))))  # N
     rows = []
     for beta, multiple in SETTINGS:
@@ -131,19 +132,19 @@ def measure(run: Callable[..., jax.Array], known: Constants, steps: int, seeds: 
         before, end = np.interp(np.log([steps / 10, steps]), np.log(counts), np.log(mean))
         row = {"beta": beta, "multiple": multiple, "N": counts.tolist(), "measured": mean.tolist()}
         row |= {"standard_error": error.tolist(), "bound": known.bound(counts, beta, batch_size).tolist()}
-        rows.append(row | {"slope": (end - before) / math.log(10)})  # Log-log, over the last tenfold of N.
+        rows.append(row | {"slope": (end - before) / math.log(10)})  # Log-log slope, over the last factor of 10 in N.
     return rows
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="number of steps, N")] = 5000,
+    steps: Annotated[int, typer.Option(help="number of steps N")] = 5000,
     seeds: Annotated[int, typer.Option(help="number of runs")] = 6,
-    batch_size: Annotated[int, typer.Option(help="examples in a batch, m")] = 8,
-    damping: Annotated[float, typer.Option(help="damping of the inverses, epsilon")] = 3.0,
-    examples: Annotated[int, typer.Option(help="images of each class")] = 50,
-    out: Annotated[Path, typer.Option(help="folder of convergence.json and .png")] = OUT,
+    batch_size: Annotated[int, typer.Option(help="number of examples in a batch (m)")] = 8,
+    damping: Annotated[float, typer.Option(help="damping of the inverses (epsilon)")] = 3.0,
+    examples: Annotated[int, typer.Option(help="number of images of each class")] = 50,
+    out: Annotated[Path, typer.Option(help="folder of convergence.json and convergence.png")] = OUT,
 ) -> None:
-    """Convergence of Algorithm 2 (Theorem 1): the mean squared gradient norm of the first N steps, and its bound."""
+    """Measures the mean squared gradient norm over N steps of Algorithm 2, and compares it with Theorem 1's bound."""
     arguments = {name: value for name, value in locals().items() if name != "out"}
     data = load(examples)
     known = constants(data[0], damping)

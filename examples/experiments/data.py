@@ -11,14 +11,14 @@ from scipy import fft, ndimage
 
 
 class Split(NamedTuple):
-    """Two disjoint sets of examples along the first axis: arrays, or pairs of images and labels."""
+    """Two disjoint sets: arrays with the examples along the first axis, or pairs of images and labels."""
 
     train: Any
     test: Any
 
 
 def splits(x: np.ndarray) -> Split:
-    """Every fifth example is for testing, where a dataset has no test set of its own."""
+    """For a dataset without a test set: each fifth example is for testing."""
     test = np.arange(len(x)) % 5 == 0
     return Split(x[~test], x[test])
 
@@ -44,7 +44,7 @@ def digit_images() -> Split:
 
 
 def tfds(name: str, split: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels, read without TensorFlow; without `data_dir` TFDS downloads what is missing."""
+    """Images and labels, read without TensorFlow. Without `data_dir`, TFDS downloads the dataset if it is missing."""
     if data_dir is not None and not any(Path(data_dir).glob(f"{name}/*/*.array_record*")):
         raise FileNotFoundError(
             f"--data-dir {data_dir} holds no `{name}` that TFDS has prepared in its array_record format. Prepare it "
@@ -53,7 +53,7 @@ def tfds(name: str, split: str, data_dir: Path | None) -> tuple[np.ndarray, np.n
     import tensorflow_datasets
 
     source: Any = tensorflow_datasets.data_source(name, split=split, data_dir=data_dir, download=data_dir is None)
-    examples = source.__getitems__(range(len(source)))  # One call for all is three times as fast as one for each.
+    examples = source.__getitems__(range(len(source)))  # One call is three times as fast as a call for each.
     return np.stack([x["image"] for x in examples]), np.array([x["label"] for x in examples], np.int32)
 
 
@@ -77,16 +77,17 @@ def labelled(dataset: str, data_dir: Path | None = None) -> tuple[np.ndarray, np
 
 @functools.cache
 def faces(data_dir: Path | None = None, copies: tuple[int, int] = (345, 414)) -> Split:
-    """25x25 faces made of the 400 Olivetti faces after Hinton & Salakhutdinov (2006, supplement): FACES.
+    """FACES: 25x25 faces, made of the 400 Olivetti faces as in Hinton & Salakhutdinov (2006, supplement).
 
-    Each is rotated by -90 to 90 degrees, enlarged 1.4 to 1.8 times, cropped and subsampled (every second pixel); then
-    all are shifted to mean 0 at every pixel, and scaled to an average variance of 1. The first 30 people are for
-    training, the other 10 for testing. The authors' random numbers and the details of their cropping are not known.
+    Each face is rotated by -90 to 90 degrees, enlarged 1.4 to 1.8 times, cropped and subsampled (every second pixel).
+    Then all are shifted to mean 0 at each pixel, and scaled to an average variance of 1. The first 30 people are for
+    training, the other 10 for testing. The random numbers of the authors, and details of their cropping, are unknown.
 
     Args:
       data_dir: the folder of `olivetti_faces.npz`, with the arrays faces (400, 64, 64) and person_ids (400,). None:
         scikit-learn downloads the faces.
-      copies: how many are made of each training and of each test face; the default gives 103,500 and 41,400.
+      copies: numbers of images that are made of each training and of each test face. The default gives 103,500 and
+        41,400 images.
     """
     if data_dir is None:
         from sklearn.datasets import fetch_olivetti_faces
@@ -120,7 +121,7 @@ def faces(data_dir: Path | None = None, copies: tuple[int, int] = (345, 414)) ->
 
 @functools.cache
 def cifar10(data_dir: Path | None = None) -> Split:
-    """CIFAR-10, from `cifar10.npz` of `pack_cifar10` where `data_dir` has it, or else through TFDS."""
+    """CIFAR-10, from the `cifar10.npz` of `pack_cifar10` if `data_dir` has it, or else from TFDS."""
     if data_dir is not None and (path := Path(data_dir) / "cifar10.npz").exists():
         with np.load(path) as file:
             return Split(*((decode(file[name]), file[f"{name}_labels"]) for name in Split._fields))
@@ -128,15 +129,15 @@ def cifar10(data_dir: Path | None = None) -> Split:
 
 
 def pack_cifar10(data_dir: Path | None, path: Path) -> None:
-    """Writes CIFAR-10 to one file of 20 MB that needs no decoder but `decode`, for machines without TFDS."""
+    """Writes CIFAR-10 to one file of 20 MB, for machines without TFDS. Only `decode` is needed to read it."""
     arrays = {}
     for name, (images, labels) in cifar10(data_dir)._asdict().items():
         arrays |= {name: encode(images), f"{name}_labels": labels}
     np.savez_compressed(path, **arrays)
 
 
-# As JPEG does: a cosine transform of blocks of 8x8 pixels, whose quanta grow with the frequency; along the channels it
-# is one too, and what it makes of the colours is quantized more coarsely than the brightness.
+# As in JPEG: a cosine transform of blocks of 8x8 pixels, with quanta that grow with the frequency. A cosine transform
+# along the channels separates brightness and colours. The colours are quantized more coarsely.
 ROW, COLUMN, CHANNEL = np.mgrid[:8, :8, :3]
 QUANTA: Any = (14 + 3 * (1 + (CHANNEL > 0)) * (ROW + COLUMN))[..., None, None, None].astype(np.float32)
 
@@ -157,9 +158,9 @@ def decode(coefficients: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def python_sources(length: int) -> Split:
-    """The bytes of Python's standard library as it is installed, without its tests (12 MB): int32, (pieces, length).
+    """The bytes of the installed standard library of Python, without tests (12 MB): int32, (pieces, length).
 
-    Every tenth file is for testing. A file's last piece is padded with -1.
+    A tenth of the files, in random order, is for testing. The last piece of a file is padded with -1.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     others = {"site-packages", "dist-packages", "test", "tests"}
@@ -171,7 +172,7 @@ def python_sources(length: int) -> Split:
 
 
 def pieces(texts: Iterable[bytes], length: int) -> np.ndarray:
-    """Each text cut into pieces of `length` bytes, the last one padded with -1."""
+    """The texts, cut into pieces of `length` bytes. The last piece of each text is padded with -1."""
     rows = [np.zeros((0, length), np.int32)]
     for text in texts:
         padded = np.full((-(-len(text) // length), length), -1, np.int32)
@@ -181,7 +182,7 @@ def pieces(texts: Iterable[bytes], length: int) -> np.ndarray:
 
 
 def diabetes() -> tuple[Split, Split]:
-    """Scikit-learn's 442 patients: ten standardized features, and the standardized progression of diabetes."""
+    """The 442 patients of scikit-learn: ten standardized features, and the standardized progression of diabetes."""
     from sklearn.datasets import load_diabetes
 
     def standardized(x: np.ndarray) -> Split:
@@ -193,7 +194,7 @@ def diabetes() -> tuple[Split, Split]:
 
 
 def picture(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scikit-learn's photograph of a flower: coordinates in [-1, 1] and colours in [0, 1] of `size` x `size` pixels."""
+    """Scikit-learn's photograph of a flower, with `size` x `size` pixels: coordinates in [-1, 1], colours in [0, 1]."""
     from sklearn.datasets import load_sample_image
 
     photo = load_sample_image("flower.jpg")[:, 106:533] / 255  # The middle, square.

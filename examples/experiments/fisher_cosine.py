@@ -1,8 +1,9 @@
-"""How close each method's direction is to that of the Fisher matrix itself (the paper's Figure 1).
+"""Cosines between the direction of each method and that of the block-diagonal Fisher matrix (the paper's Figure 1).
 
-Block Fisher trains a tanh classifier: for each layer with the whole Fisher matrix of its weights and bias, of one
-sampled label for each example. Along its trajectory all others are given the same gradients, and the cosine between
-their direction and its own is recorded for each layer. All averages have the decay 0.9; inverses are of every step.
+A tanh classifier is trained with *block Fisher*: for each layer, the whole Fisher matrix of its weights and bias,
+estimated with one sampled label for each example. All other methods get the same gradients along this trajectory. The
+cosine between their direction and that of block Fisher is recorded for each layer. All averages have the decay 0.9, and
+all inverses are updated at each step.
 """
 
 import functools
@@ -31,7 +32,7 @@ forward = functools.partial(dense, jnp.tanh)
 
 
 def methods(damping: float) -> dict[str, Any]:
-    """What is compared. `damping` is that of a layer's whole matrix: the factors of TNT and KFAC have its root."""
+    """The methods. `damping` is that of the whole matrix of a layer: factors of TNT and KFAC have its square root."""
     averages: Any = {"statistics_decay": DECAY, "momentum": DECAY, "statistics_period": 1, "inverse_period": 1}
     tnt = functools.partial(tnt_optax.scale_by_tnt, damping=damping**0.5, **averages)
     return {
@@ -45,7 +46,7 @@ def methods(damping: float) -> dict[str, Any]:
 
 
 def block_fisher(params: Any, inputs: jax.Array, labels: jax.Array) -> list[jax.Array]:
-    """For each layer the mean over the examples of v v^T, v being the gradient of the example's loss for its label."""
+    """For each layer, the mean of v v^T over the examples, where v is the gradient of the loss of one example."""
     gradient = jax.grad(lambda params, x, label: CATEGORICAL.loss(forward(params, x[None]), label[None]))
     gradients = jax.vmap(gradient, in_axes=(None, 0, 0))(params, inputs, labels)
     vectors = [jax.vmap(lambda layer: ravel_pytree(layer)[0])(layer) for layer in gradients]
@@ -59,7 +60,7 @@ def block_direction(fisher: jax.Array, momentum: Any, damping: float) -> Any:
 
 
 def cosine(x: Any, y: Any) -> jax.Array:
-    """Between two layers."""
+    """The cosine between two directions of a layer."""
     x, y = ravel_pytree(x)[0], ravel_pytree(y)[0]
     return jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))
 
@@ -74,7 +75,7 @@ def compare(images, widths, *, batch_size=1000, steps=200, learning_rate=0.1, da
         loss, grads, sampled_grads = tnt_optax.value_and_sampled_grad(forward, CATEGORICAL)(params, inputs, labels, key)
         factors = baselines.value_and_layer_factors(forward, CATEGORICAL)(params, inputs, labels, key)[2]
         weight = jnp.maximum(1 - DECAY, 1 / (t + 1))
-        new = block_fisher(params, inputs, CATEGORICAL.sample(key, forward(params, inputs)))  # Labels as TNT's.
+        new = block_fisher(params, inputs, CATEGORICAL.sample(key, forward(params, inputs)))  # TNT's labels.
         fishers = [(1 - weight) * f + weight * n for f, n in zip(fishers, new, strict=True)]
         momentum = jax.tree.map(lambda m, g: DECAY * m + (1 - DECAY) * g, momentum, grads)
         directions = [block_direction(f, m, damping) for f, m in zip(fishers, momentum, strict=True)]
@@ -100,17 +101,17 @@ def compare(images, widths, *, batch_size=1000, steps=200, learning_rate=0.1, da
 
 def main(
     dataset: Annotated[
-        Literal["digits", "mnist"], typer.Option(help="scikit-learn's digits, or MNIST in 16x16 pixels")
+        Literal["digits", "mnist"], typer.Option(help="digits of scikit-learn, or MNIST reduced to 16x16 pixels")
     ] = "digits",
-    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None,
-    batch_size: Annotated[int, typer.Option(help="examples in a batch")] = 1000,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets (default: a download)")] = None,
+    batch_size: Annotated[int, typer.Option(help="number of examples in a batch")] = 1000,
     steps: Annotated[int, typer.Option(help="number of steps")] = 200,
     learning_rate: Annotated[float, typer.Option(help="learning rate of block Fisher")] = 0.1,
-    damping: Annotated[float, typer.Option(help="damping of all methods")] = 0.01,
-    seed: Annotated[int, typer.Option(help="seed of the parameters, the batches and the sampled labels")] = 0,
+    damping: Annotated[float, typer.Option(help="damping (its square root for each factor of TNT and KFAC)")] = 0.01,
+    seed: Annotated[int, typer.Option(help="seed of parameters, batches and sampled labels")] = 0,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
 ) -> None:
-    """Figure 1 of the paper: cosines between the directions of several methods and that of block Fisher."""
+    """Measures Figure 1 of the paper: cosines between the directions of several methods and that of block Fisher."""
     options = {name: value for name, value in locals().items() if name not in ("dataset", "data_dir", "out")}
     images = labelled(dataset, data_dir)
     widths = [images[0].shape[1], *HIDDEN, 10]

@@ -1,7 +1,8 @@
-"""What a GPU is for: the cost of a step, CIFAR-10, and a transformer in bfloat16, in pieces that resume.
+"""Experiments for a GPU: the cost of a step, CIFAR-10, and a transformer in bfloat16, in pieces that resume.
 
-Needs JAX, Flax, Optax and the file of `python -m experiments pack-cifar10`; neither TFDS, Matplotlib, a command-line
-library nor an installation: `PYTHONPATH=.. python -m experiments gpu --out DIR --data-dir DIR`, inside `examples/`.
+It needs JAX, Flax, Optax and the file that `python -m experiments pack-cifar10` writes. It needs no TFDS, Matplotlib or
+command-line library, and no installation of this package: run, inside `examples/`,
+`PYTHONPATH=.. python -m experiments gpu --out DIR --data-dir DIR`.
 """
 
 import argparse
@@ -26,17 +27,17 @@ def run(
     steps: int = 1500,
     tiny: bool = False,
 ) -> bool:
-    """Runs what is not done yet; returns whether all is done.
+    """Runs the experiments that are not done yet, and returns whether all are done.
 
     Args:
       out: folder of the results.
       data_dir: folder of `cifar10.npz`.
-      minutes: no other piece and no other epoch begins after so many; the same command resumes.
-      epochs: of CIFAR-10.
-      steps: of the transformer, a multiple of 50.
-      tiny: models so small that a CPU runs everything in minutes, for a test.
+      minutes: time limit. After it, no other experiment and no other epoch begins; the same call resumes.
+      epochs: number of epochs on CIFAR-10.
+      steps: number of steps of the transformer, a multiple of 50.
+      tiny: whether the models are so small that a CPU runs everything in minutes, for a test.
     """
-    data.cifar10(data_dir)  # Missing data are an error now, and not after the benchmarks.
+    data.cifar10(data_dir)  # Missing data raise an error before the benchmarks run.
     deadline = time.monotonic() + 60 * minutes
     shapes: dict[str, Any] = {"width": 512, "layers": 6, "heads": 8, "length": 256, "batch": 32, "dtype": "bfloat16"}
     images: dict[str, Any] = {"blocks": 5, "examples": 50_000}
@@ -62,12 +63,22 @@ def run(
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments gpu", description=run.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--tiny", action="store_true")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments gpu",
+        description="Runs the experiments for a GPU, within a time limit. The same command resumes them.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--data-dir", type=Path, help="folder of cifar10.npz")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="time limit, checked after each epoch (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=40, help="number of epochs on CIFAR-10 (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=1500,
+        help="number of steps of the transformer, a multiple of 50 (default: %(default)s)",
+    )
+    parser.add_argument("--tiny", action="store_true", help="small models, for tests")
     done = run(**vars(parser.parse_args(arguments)))
     print("All is done." if done else "Not all is done: run the same command again.")

@@ -16,7 +16,7 @@ KAIMING_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def untapped(x: jax.Array, y: jax.Array) -> jax.Array:
-    """A tap may replace the output y of a dense layer for the input x: `baselines.kfac` needs both."""
+    """The default tap. A tap gets input x and output y of a dense layer, and may replace y (`baselines.kfac`)."""
     del x
     return y
 
@@ -26,7 +26,7 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 def uniform(key: jax.Array, shape: Sequence[int], dtype: Any, fan_in: int) -> jax.Array:
-    """In +-1/sqrt(fan_in), as PyTorch initializes a linear layer, and so the paper's code."""
+    """Uniform in +-1/sqrt(fan_in), as in the paper's code, which has the defaults of PyTorch."""
     return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
@@ -35,8 +35,8 @@ class Autoencoder(nnx.Module):
 
     Args:
       pixels: the length of an input and of the output.
-      widths: of the encoder's layers, the last of which is the code; the decoder mirrors them.
-      rngs: of the initial parameters.
+      widths: widths of the layers of the encoder, the last of which is the code. The decoder mirrors them.
+      rngs: random numbers of the initial parameters.
     """
 
     def __init__(self, pixels: int, widths: Sequence[int], *, rngs: nnx.Rngs):
@@ -55,7 +55,7 @@ class Autoencoder(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Two 3x3 convolutions; where the shape changes, the shortcut drops pixels and pads channels with zeros."""
+    """Two 3x3 convolutions. If the shape changes, the shortcut drops pixels and pads channels with zeros."""
 
     def __init__(self, channels: int, out_channels: int, plain: bool, *, rngs: nnx.Rngs):
         self.padding = out_channels - channels
@@ -73,11 +73,11 @@ class ResNet(nnx.Module):
     """The residual network of the paper's Section 6.2, with BatchNorm; three stages of five blocks are ResNet-32.
 
     Args:
-      blocks: in each of the three stages.
-      channels: of the first stage; the next two have twice and four times as many.
+      blocks: number of blocks in each of the three stages.
+      channels: number of channels in the first stage. The next two stages have twice and four times as many.
       classes: the number of logits.
-      plain: without the derivatives of `conv3x3`, which kfac-jax cannot trace.
-      rngs: of the initial weights, which are Kaiming normal.
+      plain: whether to do without `conv3x3`, whose derivatives kfac-jax cannot trace.
+      rngs: random numbers of the initial weights, which are Kaiming normal.
     """
 
     def __init__(self, blocks: int, channels: int, *, classes: int = 10, plain: bool = False, rngs: nnx.Rngs):
@@ -112,8 +112,8 @@ def _conv(x: jax.Array, kernel: jax.Array, padding: tuple[int, int], stride: int
 def conv3x3(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A 3x3 convolution of square images, padded by 1, whose derivatives are convolutions of the same layout.
 
-    XLA's CPU compiler is some twenty times slower with the layouts of JAX's own derivatives inside a conditional, where
-    TNT takes the sampled gradient.
+    The derivatives of JAX have other layouts. Inside a conditional, in which TNT computes the sampled gradient, XLA
+    makes them some twenty times slower on CPU.
     """
     return _conv(x, kernel, (1, 1), stride)
 
@@ -146,15 +146,17 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A small decoder-only transformer with a tied embedding: tokens (batch, length) -> logits.
+    """A small decoder-only transformer with tied embeddings: tokens (batch, length) -> logits.
 
     Args:
       vocabulary: the number of tokens.
-      width, layers, heads: of the residual stream; `heads` divides `width`.
-      length: the longest sequence.
-      stacked: stack the layers' parameters, under `blocks`, and scan over them, which compiles one layer only.
-      dtype: of the parameters and the activations.
-      rngs: of the initial parameters.
+      width: width of the residual stream.
+      layers: number of layers.
+      heads: number of attention heads, a divisor of `width`.
+      length: length of the longest sequence.
+      stacked: whether the parameters of the layers are stacked, under `blocks`. A scan then compiles only one layer.
+      dtype: dtype of the parameters and the activations.
+      rngs: random numbers of the initial parameters.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""The optimizers that are compared, each with the learning rates that are tried.
+"""The optimizers of the comparison, each with a grid of learning rates.
 
-An optimizer is a function of its learning rate (a schedule) and of the problem, and registers itself with
-`@optimizer(grid)`. Without a grid there is nothing to tune, and a grid of one rate is a published setting.
-`python -m experiments list` shows all of them.
+An optimizer is a function of its learning rate (a schedule) and of the problem. The decorator `@optimizer(grid)`
+registers it. An empty grid means that there is nothing to tune, and a grid of one rate is a published setting.
+`python -m experiments list` shows all optimizers.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,23 +20,23 @@ ValueAndGrads = Callable[..., tuple[tuple[jax.Array, Any], Any, Any]]
 
 
 def sampled(problem: Problem, targets: Any, scale: Any = "fisher") -> ValueAndGrads:
-    """`value_and_sampled_grad` of a problem, whose inputs are (inputs, state) and whose aux is the new state."""
+    """`value_and_sampled_grad` of a problem: its inputs are (inputs, state), and its aux is the new state."""
     return tnt_optax.value_and_sampled_grad(
         lambda params, batch: problem.forward(params, *batch), problem.predictive(targets), has_aux=True, scale=scale
     )
 
 
 class Optimizer(NamedTuple):
-    """A gradient transformation and what it needs.
+    """A gradient transformation, and its requirements.
 
     Attributes:
       make: (learning rate, problem) -> gradient transformation.
-      grid: learning rates, neighbours in a constant ratio or 1, 3, 10, ...; the best one must not be at an edge.
-      settings: of a registered `tnt`, written beside the numbers.
-      value_and_grads: (problem, targets) -> loss, gradients and statistics, like `sampled`.
-      warm_start: like `tnt_optax.warm_start`, over one pass of the data; None: there is none.
-      adaptive: the learning rate is a factor of the step: 1, or falling to 0 in the last half of a training.
-      full_batch: for deterministic losses only; it gets `value`, `grad` and `value_fn`.
+      grid: learning rates in a constant ratio, or 1, 3, 10, .... It is widened if the best rate is at an edge.
+      settings: the settings of a registered `tnt`, which are written into the file of the results.
+      value_and_grads: (problem, targets) -> a function of loss, gradients and statistics, like `sampled`.
+      warm_start: a function like `tnt_optax.warm_start`, for one pass over the data; None: no warm start.
+      adaptive: whether the learning rate is a factor of the step, which is 1, or falls to 0 in the last half.
+      full_batch: whether it is for deterministic losses only. It then gets `value`, `grad` and `value_fn`.
     """
 
     make: Make
@@ -52,7 +52,7 @@ OPTIMIZERS: dict[str, Optimizer] = {}
 
 
 def optimizer(grid: Sequence[float] = (), name: str | None = None, **options: Any) -> Callable[[Make], Make]:
-    """Registers a function, under its own name if no other is given."""
+    """Registers a function under `name`, or else under its own name."""
 
     def register(make: Make) -> Make:
         OPTIMIZERS[name or make.__name__] = Optimizer(make, grid, **options)
@@ -62,7 +62,7 @@ def optimizer(grid: Sequence[float] = (), name: str | None = None, **options: An
 
 
 def tnt(name: str, grid: Sequence[float], *, part: int = 1, scale: str = "fisher", warm: bool = False, **settings: Any):
-    """Registers TNT with fixed settings; labels are sampled for one in `part` examples of a batch."""
+    """Registers TNT with fixed settings. Labels are sampled for 1/`part` of a batch."""
 
     def value_and_grads(problem: Problem, targets: Any) -> ValueAndGrads:
         def of_a_part(params: Any, batch: Any, targets: Any, key: jax.Array) -> Any:
@@ -83,7 +83,7 @@ def tnt(name: str, grid: Sequence[float], *, part: int = 1, scale: str = "fisher
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 LOW, MIDDLE, HIGH, HIGHER = (RATES[i : i + 5] for i in range(4))
 
-# First-order methods, and those that Optax has.
+# First-order methods, SOAP, and methods of Optax.
 optimizer(LOW, "adam")(lambda rate, _: optax.adam(rate))
 optimizer(MIDDLE, "adamw")(lambda rate, _: optax.adamw(rate, b2=0.95, weight_decay=1e-4))
 optimizer(HIGHER, "sgdm")(lambda rate, _: optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9)))
@@ -93,7 +93,7 @@ optimizer((), "lbfgs", full_batch=True)(lambda _, problem: optax.lbfgs())  # Its
 
 @optimizer(HIGH)
 def muon(learning_rate: Any, problem: Problem) -> optax.GradientTransformation:
-    """With Adam for embeddings and vectors, whose steps are as long, so that one learning rate fits all."""
+    """Muon, with Adam for embeddings and vectors. The scale makes their steps equally long, for one learning rate."""
 
     def dimensions(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         view = problem.views and problem.views(path, x.shape)
@@ -123,7 +123,7 @@ tnt("tnt_empirical", HIGHER, fisher="empirical", **BOUNDED)
 for number in (1, 2, 4, 8):
     tnt(f"tnt_part{number}", [0.01], part=number, **BOUNDED, **EVERY_STEP)
 
-# What the paper's authors published for their MNIST autoencoder and for CIFAR-10; with a bound on the steps it is ours.
+# The settings that the paper published for its MNIST autoencoder and for CIFAR-10. The trust region is an addition.
 PUBLISHED: dict[str, Any] = {"damping": 0.1, "scale": "mean", "warm": True, **EVERY_STEP}
 tnt("tnt_published", [1e-4], **PUBLISHED)
 tnt("tnt_published_bounded", [1e-4], trust_radius=0.0316, **PUBLISHED)
@@ -136,7 +136,7 @@ optimizer([3e-2], "sgdm_published_cifar10")(
 
 
 def of_layers(problem: Problem, targets: Any) -> ValueAndGrads:
-    """KFAC's statistics are two factors of each dense layer."""
+    """Like `sampled`, for KFAC: the statistics are two factors of each dense layer."""
 
     def value_and_grads(params: Any, batch: Any, targets: Any, key: jax.Array) -> Any:
         inputs, state = batch

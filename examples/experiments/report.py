@@ -18,7 +18,7 @@ from experiments.workloads import WORKLOADS
 
 
 class UsageError(Exception):
-    """What the user has to change."""
+    """An error that the user can correct. Its message says how."""
 
 
 def machine() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` in one move, so that an interrupted program leaves the old file; NaN and infinity are null."""
+    """Writes `content` atomically: an interrupted program leaves the old file. NaN and infinity become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -50,13 +50,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text, and the others numbers."""
+    """A table with text in the first column and numbers in the others."""
     alignment = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, alignment, *rows))
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """workload -> optimizer -> the content of its JSON file, once a training has ended."""
+    """workload -> optimizer -> the content of its JSON file, if it has a complete training."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/*.json")):
         if (content := json.loads(path.read_text()))["runs"]:
@@ -65,7 +65,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """The summary of each workload, and the `tables` that other programs wrote into their JSON files."""
+    """The summary of each workload, the comparison, and the `tables` in the JSON files of other programs."""
     of_workloads = results(folder)
     found = {name: summary(of_workload) for name, of_workload in of_workloads.items()}
     found |= comparison(of_workloads) if of_workloads else {}
@@ -77,12 +77,12 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def show(name: str, table: str) -> None:
-    """Prints a table, as wide as it is: a terminal of 80 columns would lose the numbers."""
+    """Prints a table in its full width: 80 columns would cut off numbers."""
     Console(width=150).print(Markdown(f"**{name}**\n\n{table}"))
 
 
 def diverged(run: Mapping[str, Any]) -> bool:
-    """A loss is not finite, or the last one is above the first."""
+    """Whether a loss is not finite, or the last one is above the first."""
     first, last = (run["epochs"][i]["train_loss"] for i in (0, -1))
     return "diverged_at" in run or last is None or not last <= first
 
@@ -92,7 +92,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def summary(of_workload: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of each optimizer the medians over the seeds, the best last training loss first."""
+    """A row for each optimizer, with medians over the seeds, sorted by the last training loss."""
     rows = []
     for name, result in of_workload.items():
         runs = [run for run in result["runs"] if not diverged(run)]
@@ -125,20 +125,20 @@ OURS, *PEERS = ("adaptive_tnt", "adamw", "muon", "sgdm", "soap", "lbfgs", "adam_
 
 
 def decisive(workload: str) -> str:
-    """The number by which a workload's optimizers are compared."""
+    """The name of the loss or metric by which the optimizers of a workload are compared."""
     return WORKLOADS[workload].decisive if workload in WORKLOADS else "train_loss"
 
 
 def final(result: Mapping[str, Any], key: str) -> float:
-    """The median over the seeds at the end of the trainings; infinite for those that diverged."""
+    """The median over the seeds at the end of the trainings. A training that diverged counts as infinity."""
     return median([math.inf if diverged(run) else run["epochs"][-1][key] for run in result["runs"]])
 
 
 def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Two tables, a row for each workload.
+    """Two tables, with a row for each workload.
 
-    `comparison`: the medians at the end of the trainings, and in brackets the number of tuning runs. `race`: the
-    seconds until `adaptive_tnt` reaches, and keeps, what a peer has at its end, as a share of the peer's seconds.
+    `comparison` has the medians at the end of the trainings, with the number of tuning runs in brackets. `race` has the
+    seconds that `adaptive_tnt` needs to reach and keep the final value of a peer, divided by the seconds of the peer.
     """
     last, shares = [], []
     for workload, of_workload in of_workloads.items():
@@ -167,7 +167,7 @@ def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def overview(path: Path, of_workloads: Mapping[str, Mapping[str, Any]]) -> None:
-    """A row for each workload: what the optimizers have at the end of a training, divided by what tuned AdamW has."""
+    """A picture with a row for each workload: the final values of the optimizers, divided by that of tuned AdamW."""
     import matplotlib.pyplot as plt
 
     shown = [(name, results) for name, results in of_workloads.items() if {OURS, "adamw"} <= results.keys()]
@@ -195,7 +195,7 @@ def overview(path: Path, of_workloads: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def seconds_to(goal: float, key: str, run: Mapping[str, Any]) -> float:
-    """Until the first measurement from which on all are at the goal or below."""
+    """The seconds to the first measurement from which on no value is above the goal; infinity if there is none."""
     seconds = math.inf
     for epoch in reversed(run["epochs"]):
         if epoch[key] is None or not epoch[key] <= goal:
@@ -205,7 +205,7 @@ def seconds_to(goal: float, key: str, run: Mapping[str, Any]) -> float:
 
 
 def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], log: bool) -> None:
-    """The training loss of every seed against steps and against seconds; the test loss of the first is dotted."""
+    """Draws the training loss of each seed against steps and seconds. The test loss of the first seed is dotted."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
@@ -225,7 +225,7 @@ def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], l
                 axis.plot(x, train, label=name.replace("_", " ") if first else None, **style)
                 if first:
                     axis.plot(x, test, ":", **style)
-            shown += train[1:]  # The loss of the untrained model would squeeze the others together.
+            shown += train[1:]  # Without the first loss, which is far above the others.
     losses = np.array(shown)[np.isfinite(shown)]
     if losses.size:
         left.set_ylim(0.97 * losses.min(), 1.03 * np.quantile(losses, 0.98))
@@ -240,7 +240,7 @@ def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], l
 
 
 def filled(page: Path, tables: Mapping[str, str]) -> str:
-    """The text of a page with each table between its `<!-- results NAME -->` and `<!-- /results -->`."""
+    """The text of a page, with new tables between `<!-- results NAME -->` and `<!-- /results -->`."""
 
     def table(match: re.Match[str]) -> str:
         if (name := match[1]) not in tables:

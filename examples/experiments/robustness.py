@@ -1,7 +1,7 @@
-"""Whether `adaptive_tnt` diverges: many seeds with its defaults, a few with dampings ten times larger or smaller.
+"""How often `adaptive_tnt` diverges: with its defaults, and with dampings that are ten times larger or smaller.
 
-A training has *diverged* where a loss is not finite, where the mean loss of five successive batches (a deterministic
-loss: each of them) is above that of the first batch, or where it ends above twice the median of the seeds.
+A training *diverges* if a loss is not finite, if a mean of five successive losses is above the first loss, or if the
+last mean is above twice its median over the seeds. If all steps have the same data, single losses replace the means.
 """
 
 import itertools
@@ -32,7 +32,7 @@ Numbers = dict[str, float]
 
 
 def train(workload: str, seeds: int, settings: dict[str, Any], options: dict[str, Any], about: str) -> list[Numbers]:
-    """The initial, the highest and the last loss of each seed; NaN where a loss is not finite."""
+    """The first, the highest and the last loss of each seed (see above); NaN if a loss is not finite."""
 
     def make(factor: Any, problem: Problem) -> Any:
         return tnt_optax.adaptive_tnt(factor, views=problem.views, **settings)
@@ -40,7 +40,7 @@ def train(workload: str, seeds: int, settings: dict[str, Any], options: dict[str
     trainer, trainings = None, []
     for seed in track(range(seeds), about):
         problem = WORKLOADS[workload].make(seed, **options)
-        # The losses of the steps suffice: others are those of one example.
+        # Only the losses of the steps are used: the runner evaluates one test example.
         problem = problem._replace(test=jax.tree.map(lambda x: x[:1], problem.test))
         trainer = trainer or runner.Trainer(problem, Optimizer(make, adaptive=True), False, MEAN)
         run = trainer.train(problem, 1.0, seed, epochs=STEPS // MEAN, measured=1)
@@ -64,13 +64,15 @@ def diverged(trainings: list[Numbers]) -> int:
 
 
 def measure(
-    workloads: list[str],
+    workloads: Annotated[list[str], typer.Argument(help="names of workloads (see `list`)")],
     seeds: Annotated[int, typer.Option(help="number of seeds with the defaults")] = 20,
-    fewer: Annotated[int, typer.Option(help="number of seeds with each other setting")] = 5,
-    data_dir: Annotated[Path | None, typer.Option(help="folder of the TFDS datasets")] = None,
+    fewer: Annotated[int, typer.Option(help="number of seeds with each other damping")] = 5,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="folder of the data, for workloads that read files (default: a download)")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
 ) -> None:
-    """Trains WORKLOADS with `adaptive_tnt` for 150 steps each, and counts the trainings that diverge."""
+    """Counts the trainings of `adaptive_tnt` that diverge, with 150 steps each, by workload and damping."""
     runner.known(workloads, WORKLOADS, "workload")
     with runner.exclusive(out):
         content = fill(out / "robustness.json", workloads, seeds, fewer, data_dir)
@@ -78,7 +80,7 @@ def measure(
 
 
 def fill(path: Path, workloads: list[str], seeds: int, fewer: int, data_dir: Path | None) -> dict[str, Any]:
-    """Runs what is not in the file yet, writes it after every setting, and returns its content."""
+    """Runs the trainings that the file does not have yet, writes it after each setting, and returns its content."""
     content = json.loads(path.read_text()) if path.exists() else {"machine": report.machine(), "trainings": {}}
     trainings = content["trainings"]
     for name, (setting, values) in itertools.product(workloads, SETTINGS.items()):

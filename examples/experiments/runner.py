@@ -1,7 +1,7 @@
-"""Trains workloads with optimizers: tunes learning rates, counts seconds, resumes, and writes all numbers as JSON.
+"""Trains workloads with optimizers: tunes learning rates, measures seconds, resumes, and writes all numbers as JSON.
 
-A folder of results has `WORKLOAD/OPTIMIZER.json`. Beside it is the checkpoint of the training in progress, which is
-written after every epoch.
+A folder of results has the files `WORKLOAD/OPTIMIZER.json`. The checkpoint of a training in progress is in the same
+folder as its file. It is written after each epoch.
 """
 
 import contextlib
@@ -24,23 +24,24 @@ from experiments.optimizers import OPTIMIZERS, Optimizer
 from experiments.report import UsageError, machine, write_json
 from experiments.workloads import WORKLOADS, Problem, loss_and_metrics
 
-EVALUATED = 1000  # Examples of one evaluation.
+EVALUATED = 1000  # The number of examples that are evaluated together.
 WIDENINGS = 8
 
 
 class DeadlineError(Exception):
-    """The time is over; the same command resumes the training."""
+    """The time limit is reached. The same command resumes the training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long a training is, and how its learning rate changes.
+    """The length of a training, and the schedule of its learning rate.
 
     Attributes:
-      epochs: measurements of the losses; a pass over the data each, or the workload's `epoch_steps`.
-      seconds: of steps; no other epoch begins after so many.
-      falling: the learning rate rises in the first tenth of all steps and falls to 0 along a cosine; that of an
-        adaptive optimizer, a factor, falls linearly in the last half. Otherwise it is constant.
+      epochs: number of epochs. The losses are measured after each. An epoch is a pass over the data, or has the
+        workload's `epoch_steps`.
+      seconds: time limit, in seconds of steps. After it, no other epoch begins.
+      falling: whether the learning rate rises in the first tenth of all steps and falls to 0 along a cosine. (For an
+        adaptive optimizer it is a factor, which falls linearly in the last half.) Otherwise it is constant.
     """
 
     epochs: int
@@ -49,7 +50,7 @@ class Budget:
 
 
 def schedule(highest: Any, steps: Any, falling: bool, adaptive: bool) -> optax.Schedule:
-    """See `Budget`; `highest` and `steps` may be traced: tuning and training share one compiled step."""
+    """See `Budget`. `highest` and `steps` may be traced, so that tuning and training share one compiled step."""
 
     def factor(count: Any) -> Any:
         if not falling:
@@ -68,7 +69,7 @@ def known(names: Sequence[str], there_are: Any, kind: str) -> None:
 
 
 class Trainer:
-    """Trains one workload with one optimizer, again and again, compiling the step once."""
+    """Trains one workload with one optimizer, any number of times. The step is compiled once."""
 
     def __init__(self, problem: Problem, optimizer: Optimizer, falling: bool, epoch_steps: int | None):
         examples, size = len(jax.tree.leaves(problem.train)[0]), problem.batch_size
@@ -76,7 +77,7 @@ class Trainer:
         if (size and self.steps * size > examples) or not self.steps:
             raise UsageError(f"An epoch of {self.steps} batches of {size} is not in {examples} training examples.")
 
-        # The hyper-parameters are in the optimizer's state, so that one compiled step is for all of their values.
+        # The hyper-parameters are in the optimizer's state, so that one compiled step works for all their values.
         def make(highest: Any, steps: Any) -> optax.GradientTransformation:
             return optimizer.make(schedule(highest, steps, falling, optimizer.adaptive), problem)
 
@@ -93,7 +94,7 @@ class Trainer:
             params, state, opt_state = carry
             key = jax.random.fold_in(key, count)
             (loss, new_state), grads, statistics = grads_of(params, state, data, key, indices)
-            extra: dict[str, Any] = {"sampled_grads": statistics}  # Computed only by an optimizer that uses it.
+            extra: dict[str, Any] = {"sampled_grads": statistics}  # Computed only if the optimizer uses it.
             if optimizer.full_batch:
                 predictive = problem.predictive(data[1])
                 extra = {"value": loss, "grad": grads}
@@ -108,14 +109,14 @@ class Trainer:
         self.evaluate = jax.jit(functools.partial(loss_and_metrics, problem))
 
     def batches(self, problem: Problem, seed: int, epoch: int) -> Iterator[Any]:
-        """Indices of the batches of an epoch, the same for every optimizer; None: all examples."""
+        """The indices of the batches of an epoch, the same for each optimizer; None stands for all examples."""
         number, size = len(jax.tree.leaves(problem.train)[0]), problem.batch_size
         order = np.random.default_rng([seed, epoch]).permutation(number).astype(np.int32)
         for i in range(self.steps):
             yield order[i * size : (i + 1) * size] if size else None
 
     def means(self, problem: Problem, carry: Any, data: Any) -> dict[str, float]:
-        """Loss and metrics of the data, in parts that fit into memory."""
+        """The mean loss and metrics of the data, computed in parts that fit into memory."""
         total = len(jax.tree.leaves(data)[0])
         size = EVALUATED if problem.batch_size else total
         sums: dict[str, float] = {}
@@ -138,32 +139,32 @@ class Trainer:
         deadline: float = math.inf,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
     ) -> dict[str, Any]:
-        """One training; it stops early where a loss is not finite.
+        """One training. It stops early if a loss is not finite.
 
         Args:
-          problem: of this seed.
-          learning_rate: the highest one, or an adaptive optimizer's factor.
-          seed: of the order of the examples and of the sampled labels.
+          problem: the problem of this seed.
+          learning_rate: the highest learning rate, or the factor of an adaptive optimizer.
+          seed: seed of the order of the examples and of the sampled labels.
           epochs, seconds: see `Budget`.
-          measured: the training loss is that of so many examples.
-          checkpoint: a file that is written after every epoch, and from which the training resumes.
-          deadline: of `time.monotonic`, after which an epoch ends in `DeadlineError`.
+          measured: number of examples with which the training loss is measured; None: all.
+          checkpoint: a file that is written after each epoch, and from which the training resumes.
+          deadline: a time of `time.monotonic`. After it, the next epoch does not begin: `DeadlineError`.
           on_step: called several times a second with the number of steps and the loss.
 
         Returns:
-          `epochs`, a list with the losses and metrics of the test data, the number of steps and their seconds at the
-          start and after every epoch; `losses` of the steps; the seconds of compilation and of the warm start; and
-          the step whose loss was not finite.
+          A dictionary. `epochs` is a list with the losses, the metrics of the test data, the number of steps and their
+          seconds, at the start and after each epoch. `losses` are those of the steps. `diverged_at`, if it is there, is
+          the step whose loss was not finite. The others are seconds (compilation, warm start) and arguments.
         """
         key, tx = jax.random.key(seed), self.tx(highest=learning_rate, steps=epochs * self.steps)
-        # The step donates them.
+        # Copies, because the step donates its arguments.
         carry = jax.tree.map(jnp.copy, (problem.params, problem.state, tx.init(problem.params)))
-        if self.compiled is None:  # Ahead, so that no second of it is counted.
+        if self.compiled is None:  # Compiled ahead of time, so that its seconds are not counted.
             start = time.perf_counter()
             args = carry, problem.train, key, np.int32(0), next(self.batches(problem, seed, 0))
             self.compiled = self.step.lower(*args, tx=tx).compile()
             self.compile_seconds = time.perf_counter() - start
-            jax.block_until_ready(self.compiled(jax.tree.map(jnp.copy, carry), *args[1:]))  # The first one is slower.
+            jax.block_until_ready(self.compiled(jax.tree.map(jnp.copy, carry), *args[1:]))  # The first call is slower.
         run: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed, "compile_seconds": self.compile_seconds}
 
         def record(spent: float) -> None:
@@ -210,7 +211,7 @@ class Trainer:
                 if time.perf_counter() - shown > 0.3:
                     on_step(count + 1, float(loss))
                     shown = time.perf_counter()
-            run["losses"] += [float(f"{float(loss):.6g}") for loss in losses]  # Waits for them.
+            run["losses"] += [float(f"{float(loss):.6g}") for loss in losses]  # This waits for the steps.
             spent += time.perf_counter() - start
             on_step(len(run["losses"]), run["losses"][-1])
             if not (finite := np.isfinite(run["losses"])).all():
@@ -225,13 +226,13 @@ def final_loss(run: dict[str, Any]) -> float:
 
 
 def tune(loss_of: Callable[[float], float], grid: Sequence[float], name: str) -> float:
-    """The learning rate of the lowest loss; where it is at an edge, the grid is widened until it is not."""
+    """The learning rate of the lowest loss. If it is at an edge of the grid, the grid is widened."""
     if len(grid) < 3:
         raise UsageError(f"{name}: expected one learning rate, or at least three to tell an edge, got {list(grid)}.")
     losses = {rate: loss_of(rate) for rate in map(float, grid)}
     for _ in range(WIDENINGS):
         rates = sorted(losses)
-        best = min(rates, key=lambda rate: losses[rate])  # The lowest, where all have diverged.
+        best = min(rates, key=lambda rate: losses[rate])  # The lowest rate, if all have diverged.
         if best not in (rates[0], rates[-1]):
             return best
         new = rates[1] * rates[0] / rates[2] if best == rates[0] else rates[-2] * rates[-1] / rates[-3]
@@ -256,10 +257,10 @@ def run(
     deadline: float = math.inf,
     on_training: Callable[[str, int], Callable[[int, float], None]] = lambda name, steps: lambda step, loss: None,
 ) -> dict[str, Any]:
-    """Tunes with seed 0, trains with each of `seeds`, and returns what `out/WORKLOAD/OPTIMIZER.json` has.
+    """Tunes with seed 0, trains with each of `seeds`, and returns the content of `out/WORKLOAD/OPTIMIZER.json`.
 
-    What is in that file already is not run again, and trainings in progress resume; with other settings than the
-    file's the run is refused. The arguments are those of the command line.
+    Trainings that are in the file are not run again, and a training in progress resumes. If the file has other
+    settings, the run is refused. The arguments are those of the command line.
     """
     known([workload], WORKLOADS, "workload")
     known([optimizer], OPTIMIZERS, "optimizer")
@@ -291,7 +292,7 @@ def run(
             pairs = [(key, *(x.get(key, "the default") for x in (there, settings))) for key in different]
             text = "; ".join(f"{key} is {old} there, and {new} here" for key, old, new in pairs)
             raise UsageError(f"{path} is of a run with other settings: {text}. Give another --out.")
-    else:  # So that a run that goes on before the first training has ended has the same settings.
+    else:  # So that a run that resumes before the first training has ended is checked for the same settings.
         write_json(path, result)
 
     problems = functools.cache(lambda seed: what.make(seed, **options))
@@ -300,7 +301,7 @@ def run(
         raise UsageError(f"{optimizer} is for deterministic losses, and {workload} draws batches.")
 
     def trained(kind: str, rate: float, seed: int, epochs: int) -> dict[str, Any]:
-        """`kind`: "tuning" or "runs"."""
+        """A training that is in the file, or a new one. `kind` is "tuning" or "runs"."""
         for done in result[kind]:
             if (done["learning_rate"], done["seed"]) == (rate, seed):
                 return done
@@ -308,7 +309,7 @@ def run(
         on_step = on_training(f"{optimizer} {rate:g}, seed {seed}", epochs * trainer().steps)
         budgets = {"epochs": epochs, "seconds": budget.seconds, "measured": what.measured, "deadline": deadline}
         done = trainer().train(problems(seed), rate, seed, checkpoint=checkpoint, on_step=on_step, **budgets)
-        if kind == "tuning":  # Only its end matters.
+        if kind == "tuning":  # Only its end is used.
             done = {**done, "epochs": done["epochs"][-1:], "losses": []}
         result[kind].append(done)
         write_json(path, result)
@@ -328,7 +329,7 @@ def run(
 
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Refuses a second program that writes into the same folder at the same time."""
+    """Raises an error if another program writes into the same folder at the same time."""
     import filelock
 
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What is trained: a model, the distribution of its targets, data and metrics.
+"""The workloads: models, the distributions of their targets, data and metrics.
 
-A workload is a function of a seed (and of options of its own, with defaults) that returns a `Problem`, and registers
-itself with `@workload(...)`. `python -m experiments list` shows all of them.
+A workload is a function of a seed, and of options with defaults, that returns a `Problem`. The decorator
+`@workload(...)` registers it. `python -m experiments list` shows all workloads.
 """
 
 import functools
@@ -29,15 +29,15 @@ class Problem(NamedTuple):
     Attributes:
       params: the initial parameters.
       forward: (params, inputs, state) -> (outputs, new state).
-      predictive: targets of a batch -> the distribution of the outputs; a mask may depend on the targets.
-      train: inputs and targets, trees of arrays whose first axis is the examples.
-      test: the same, for the losses and metrics after every epoch.
-      batch_size: examples a step, drawn without replacement in an epoch; None: all of them at every step.
-      state: what `forward` returns besides outputs and takes at the next step: BatchNorm's averages.
-      predict: (params, inputs, state) -> outputs, for the test; None: `forward`.
-      metrics: name -> (parameters, outputs, targets) -> scalar, of the test data.
-      augment: (key, inputs) -> inputs, of the batches.
-      views: of TNT, see `tnt_optax.tnt`.
+      predictive: targets of a batch -> the distribution of the outputs, whose mask may depend on the targets.
+      train: inputs and targets, trees of arrays with the examples along the first axis.
+      test: the same, for the losses and metrics after each epoch.
+      batch_size: number of examples in a batch, drawn without replacement in an epoch; None: all examples at each step.
+      state: the initial state, such as the averages of BatchNorm, which each step replaces by the new state.
+      predict: (params, inputs, state) -> outputs, for the evaluation; None: `forward`.
+      metrics: name -> (parameters, outputs, targets) -> scalar, for the test data.
+      augment: (key, inputs) -> inputs, for the batches.
+      views: the argument `views` of `tnt_optax.tnt`.
     """
 
     params: Any
@@ -58,13 +58,14 @@ class Workload(NamedTuple):
 
     Attributes:
       make: seed -> `Problem`; its keyword arguments are the workload's options.
-      about: one line.
-      epochs: of a training; the learning rate is tuned with `tuning_epochs`.
-      epoch_steps: steps between two measurements of the losses; None: a pass over the training data.
-      falling: whether learning rates fall during a training, and the factor of `adaptive_tnt` in its last half.
-      measured: the training loss is that of so many examples; None: of all.
+      about: a description in one line.
+      epochs: number of epochs of a training.
+      tuning_epochs: number of epochs of a training that tunes the learning rate.
+      epoch_steps: number of steps of an epoch; None: a pass over the training data.
+      falling: whether learning rates fall during a training (the factor of `adaptive_tnt`: in its last half).
+      measured: number of examples with which the training loss is measured; None: all.
       log: whether pictures have a logarithmic axis.
-      decisive: the number by which optimizers are compared, a loss or a metric of which less is better.
+      decisive: the name of the loss or metric by which optimizers are compared. Less is better.
     """
 
     make: Callable[..., Problem]
@@ -129,7 +130,7 @@ def faces(seed: int, data_dir: Path | None = None) -> Problem:
 
 
 def classifier(images: data.Split, model: Callable[[nnx.Rngs], nnx.Module], flip: bool, seed: int) -> Problem:
-    """Images are normalized by channel, shifted by up to 4 pixels, and mirrored with `flip`."""
+    """Images are normalized by channel and shifted by up to 4 pixels. With `flip`, half of them are mirrored."""
     module: Any = model(nnx.Rngs(seed))
     module.train()
     graphdef, params, averages = nnx.split(module, nnx.Param, ...)
@@ -227,13 +228,13 @@ def transformer(
     train, test = (jnp.asarray(rng.permutation(sequences)) for sequences in data.python_sources(length))
 
     def previous(labels: jax.Array) -> jax.Array:
-        """What each byte is predicted from: the one before it. A sequence begins after a zero, and so does padding."""
+        """The inputs: the byte before each position. The first one is 0, and padding (-1) becomes 0."""
         return jnp.pad(jnp.maximum(labels[:, :-1], 0), ((0, 0), (1, 0)))
 
     return Problem(
         nnx.as_pure(params),
         stateless(lambda params, inputs: nnx.merge(graphdef, params)(inputs)),
-        lambda targets: Categorical(weights=targets >= 0),  # The padding does not count, nor do its sampled labels.
+        lambda targets: Categorical(weights=targets >= 0),  # Padding does not count, for true and sampled labels.
         (previous(train), train),
         (previous(test[:256]), test[:256]),
         batch,
@@ -264,15 +265,15 @@ def dense(activation: Callable[[jax.Array], jax.Array], params: Layers, x: jax.A
 
 
 def derivative(u: Callable[[jax.Array], jax.Array], axis: int) -> Callable[[jax.Array], jax.Array]:
-    """Of a function of points (n, d) with values (n,), along one coordinate of each point."""
+    """The derivative of a function of points (n, d), with values (n,), along one coordinate of the points."""
     return lambda x: jax.jvp(u, (x,), (jnp.zeros_like(x).at[:, axis].set(1),))[1]
 
 
 def equation(residual: Callable[..., jax.Array], solution: Callable[[Any], Any], sides: int, seed: int) -> Problem:
-    """A network u(x) of points in [0, 1]^2 that solves an equation, on 900 random points and 120 of the boundary.
+    """A network u(x), for x in [0, 1]^2, that solves an equation on 900 random points and 120 points of the boundary.
 
-    The loss is half the mean square of the residual and half that of u minus the solution on `sides` of the boundary
-    (x_1 = 0, x_1 = 1, x_0 = 0, x_0 = 1); `l2_error` is the relative error of u on other points.
+    The loss is half the mean square of the residual, plus half the mean square of u minus the solution on the boundary:
+    the first `sides` of x_1 = 0, x_1 = 1, x_0 = 0, x_0 = 1. `l2_error` is the relative error of u on other points.
     """
     rng = np.random.default_rng(1000 + seed)
     along, side = rng.uniform(size=120), rng.integers(sides, size=120)
@@ -325,7 +326,7 @@ def image(seed: int, size: int = 64, frequencies: int = 64) -> Problem:
     forward = stateless(functools.partial(dense, jax.nn.relu))
     psnr = {"psnr": lambda _, y, t: -10 * jnp.log10(jnp.mean(jnp.square(y - t)))}
     layers, batch = dense_layers((2 * frequencies, 128, 128, 128, 3), seed), (features, colours)
-    # A standard deviation of 0.1 of a colour.
+    # The variance 0.01: a standard deviation of 0.1 for each colour.
     return Problem(layers, forward, lambda _: Normal(variance=0.01), batch, batch, 512, metrics=psnr)
 
 
@@ -339,7 +340,7 @@ def diabetes(seed: int) -> Problem:
 
 
 def loss_and_metrics(problem: Problem, params: Any, state: Any, inputs: Any, targets: Any) -> dict[str, jax.Array]:
-    """The mean loss, and the metrics, of a batch in evaluation."""
+    """The mean loss and the metrics of a batch, with the model in evaluation mode."""
     predict = problem.predict or (lambda *args: problem.forward(*args)[0])
     outputs = predict(params, inputs, state)
     values = {"loss": problem.predictive(targets).loss(outputs, targets)}
