@@ -189,7 +189,8 @@ def overview(path: Path, of_workloads: Mapping[str, Mapping[str, Any]]) -> None:
     axis.invert_yaxis()
     axis.axvline(1, color="grey", linewidth=1)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    if shown:
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
