@@ -35,18 +35,87 @@ def tnt(
     inverse_parts: int | None = None,
     inverse_axis: sharding.AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Tensor Normal Training (Ren and Goldfarb, 2021; Algorithm 3), with a learning rate.
+    r"""Tensor Normal Training, with a learning rate.
 
-    The direction p is the momentum m, multiplied along each mode of every parameter tensor by the inverse of a factor
-    of its Fisher matrix:
+    Algorithm 3 of Ren and Goldfarb (2021). The momentum :math:`m` of the gradient :math:`g` of every parameter tensor
+    :math:`W` of shape :math:`(d_1, \dots, d_k)` is multiplied along each mode by a damped inverse:
 
     .. math::
 
-      m \leftarrow \mu m + g, \qquad p = m \times_1 (U_1 + \epsilon I)^{-1} \cdots \times_k (U_k + \epsilon I)^{-1},
-      \qquad W \leftarrow W - \alpha (p + \gamma W).
+      m &\leftarrow \mu m + g \\
+      p &= m \times_1 P_1 \times_2 P_2 \cdots \times_k P_k, \qquad P_i = (U_i + \epsilon I)^{-1} \\
+      W &\leftarrow W - \alpha (p + \gamma W)
 
-    The factors U_i (Eq. (5)) are estimated from `sampled_grads`, the gradient for targets sampled from the model, which
-    `value_and_sampled_grad` returns.
+    :math:`U_1 \otimes \dots \otimes U_k` estimates the Fisher matrix of :math:`W`. The factors come from the
+    second-moment matrix of each mode, called contraction, of the sampled gradient :math:`G` (the gradient for targets
+    sampled from the model, which :func:`value_and_sampled_grad` returns):
+
+    .. math::
+
+      C_i &\leftarrow (1 - w)\, C_i + w\, \mathrm{mat}_i(G)\, \mathrm{mat}_i(G)^\top,
+      \qquad w = \max\left(1 - \beta, \frac{1}{n + 1}\right) \\
+      U_i &= \frac{C_i}{c_0^{\,k-1} \prod_{j \ne i} d_j}, \qquad
+      c_0 = \left( \frac{\operatorname{tr} C_1}{\prod_j d_j} \right)^{1/k}
+
+    :math:`n` is the number of sampled gradients in :math:`C_i`, and the second line is Eq. (5) of the paper.
+
+    Args:
+      learning_rate: :math:`\alpha`: a number, a schedule of the step, or None. With None the updates are :math:`p +
+        \gamma W`, neither negated nor scaled, to be chained with :func:`optax.scale_by_schedule` and the like.
+      damping: :math:`\epsilon > 0`: a number or a schedule of the step. It is on the scale of the factors' mean
+        eigenvalue :math:`c_0`, which is (trace of the parameter's Fisher matrix / number of its elements)^(1/k). For a
+        dense factor, it is at least the epsilon of the dtype times the largest absolute row sum of the factor.
+      statistics_decay: :math:`\beta` in [0, 1), of the moving averages :math:`C_i`. The first sampled gradients form a
+        plain mean, so that no bias correction is needed.
+      momentum: :math:`\mu` in [0, 1). It is applied before preconditioning and is not dampened. None: no momentum is
+        kept, and the gradient is preconditioned.
+      weight_decay: :math:`\gamma \ge 0`. The decay is decoupled (as in AdamW) and scaled by the learning rate. It needs
+        ``params`` in ``update``.
+      weight_decay_mask: None, or a tree of booleans (or a function of the parameters that returns one) that says which
+        parameters decay, as in :func:`optax.add_decayed_weights`.
+      statistics_period: :math:`T_1 \ge 1`: the statistics are updated every :math:`T_1` steps. On all other steps a
+        ``sampled_grads`` function is not called, so that its backward pass does not run.
+      inverse_period: :math:`T_2 \ge 1`: the inverses are updated every :math:`T_2` steps. During the first :math:`T_2`
+        steps, they are updated after each statistics update.
+      fisher: ``"sampled"``, the true Fisher matrix, or ``"empirical"``, which uses the gradients themselves (the
+        paper's ablation TNT-EF) and needs no ``sampled_grads``.
+      trust_radius: None, or :math:`r`: a number or a schedule of the step. The step :math:`u = -\alpha p` of all
+        parameters together is shortened where :math:`u^\top F u > r^2`, with the damped estimated Fisher matrix
+        :math:`F`. With ``scale="fisher"`` of :func:`value_and_sampled_grad`, :math:`u^\top F u` estimates twice the KL
+        divergence, per example, between the predictions before and after the step. The estimate is too small while the
+        statistics are of few batches. With ``scale="mean"`` it is divided by the batch size. Without a learning rate,
+        :math:`p` is shortened.
+      views: None, or a function ``(path, shape) -> TensorView or None`` that says how a parameter is viewed as a tensor
+        (see :class:`TensorView`). The path is the one that ``jax.tree_util.tree_map_with_path`` passes. None means the
+        default: one mode for each axis, and with four or more axes all but the last two merged into one (convolution
+        kernels).
+      max_dim: a mode longer than this (an embedding's vocabulary) keeps only the diagonal of its factor. 8192 by
+        default. Static: with :func:`optax.inject_hyperparams`, a value other than the default has to be named in
+        ``static_args``.
+      inverse_parts: None: all inverses are updated in the same step, as in the paper. Or the number of parts, of about
+        equal cost, into which the parameters are divided. The updates of the parts are spread evenly over the
+        ``inverse_period`` steps, so that no step is much slower than the others. Static, as ``max_dim``.
+      inverse_axis: None, or the name of an axis of the current mesh (:func:`jax.set_mesh`), or a tuple of names. The
+        devices along it divide the inverses of an update among them, by cost, and exchange the results. With None,
+        every device computes all of them.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` takes the extra argument ``sampled_grads``,
+      which is a tree like the parameters, or a function without arguments that returns one (such as a
+      :class:`SampledGrad`) and is called inside :func:`jax.lax.cond`. Other extra arguments are accepted. Updates have
+      the dtypes of the gradients. The state is a tuple of a :class:`TNTState` and Optax's states of weight decay and
+      learning rate.
+
+      A step that is not finite gets a zero update and is counted in the state, as are sampled gradients and inverses
+      that are not finite. No parameter is updated before there are statistics.
+
+    Raises:
+      ValueError: a number is out of its range, or ``fisher`` is unknown. From ``init``: a mode merges an axis that is
+        divided over a mesh behind another axis. From ``update``: ``sampled_grads`` is missing, or has another structure
+        or shape than the gradients; the state is of other ``views``; ``inverse_axis`` is not an axis of the current
+        mesh.
+      TypeError: an argument has a wrong type. From ``init`` and ``update``: a parameter is not real and floating. From
+        ``update``: the state is not one of this optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tnt_optax
@@ -60,58 +129,6 @@ def tnt(
       >>> params = optax.apply_updates(params, updates)
       >>> bool(value_and_grads(params, jnp.eye(4), labels, jax.random.key(1))[0] < loss)
       True
-
-    Args:
-      learning_rate: alpha; a number, a schedule of the step, or None for the direction p + weight_decay * W alone,
-        neither negated nor scaled, to be chained with `optax.scale_by_schedule` and the like.
-      damping: eps > 0; a number or a schedule of the step. P_i = (U_i + eps I)^-1. It is on the scale of the factors'
-        mean eigenvalue, that is of (trace of the parameter's Fisher matrix / number of its elements)^(1/k). For a dense
-        factor it is at least the dtype's epsilon times the factor's largest absolute row sum.
-      statistics_decay: beta in [0, 1), of the moving averages of the contractions. The first ones are a plain mean, so
-        that no bias correction is needed: C_i <- (1-w) C_i + w G_(i) with w = max(1-beta, 1/(n+1)).
-      momentum: mu in [0, 1): m <- mu m + g, before preconditioning and not dampened. None: no momentum is kept, and the
-        gradient is preconditioned.
-      weight_decay: decoupled (AdamW's) and scaled by the learning rate; needs `params` in `update`.
-      weight_decay_mask: None, or a tree of booleans (or a function of the parameters that returns one) that says which
-        parameters decay, as in `optax.add_decayed_weights`.
-      statistics_period: T1 >= 1, the steps between statistics updates. On all other steps a `sampled_grads` function is
-        not called, so that its backward pass does not run.
-      inverse_period: T2 >= 1, the steps between inverse updates. During the first T2 steps, the inverses are updated
-        after each statistics update.
-      fisher: "sampled", the true Fisher matrix, or "empirical", which uses the gradients themselves (the paper's
-        ablation TNT-EF) and needs no `sampled_grads`.
-      trust_radius: None, or r, a number or a schedule: the step u = -learning_rate * p of all parameters together is
-        shortened where <u, F u>, F being the damped estimated Fisher matrix, exceeds r^2. With `scale="fisher"` of
-        `value_and_sampled_grad`, <u, F u> estimates twice the KL divergence, per example, between the predictions
-        before and after the step, too small while the statistics are of few batches; with "mean", it is divided by
-        the batch size. Without a learning rate the bound is on p.
-      views: None, or a function (path, shape) -> `TensorView` or None that says how a parameter is viewed as a tensor.
-        The path is the one that `jax.tree_util.tree_map_with_path` passes. None means the default: one mode for each
-        axis, and with four or more axes all but the last two merged into one (convolution kernels).
-      max_dim: 8192 by default. A mode longer than this (an embedding's vocabulary) keeps only the diagonal of its
-        factor. Static: with `optax.inject_hyperparams`, a value of your own has to be in `static_args`.
-      inverse_parts: None: all inverses are updated in the same step, as in the paper. Or a number of parts, of about
-        equal cost, into which the parameters are divided; their updates are spread evenly over the `inverse_period`
-        steps, so that no step is much slower than the others. Static, as `max_dim`.
-      inverse_axis: None, or the name of an axis of the current mesh (`jax.set_mesh`), or a tuple of names. The devices
-        along it divide the inverses of an update among them, by cost, and exchange the results. With None every device
-        computes all of them.
-
-    Returns:
-      A `GradientTransformationExtraArgs`. Its `update` takes `sampled_grads`: a tree like the parameters, or a
-      function without arguments that returns one (such as a `SampledGrad`) and is called inside `jax.lax.cond`; other
-      extra arguments are accepted. Updates have the dtypes of the gradients. The state is a tuple whose first element
-      is a `TNTState`; the others are Optax's, of weight decay and learning rate.
-
-      A step that is not finite gets a zero update and is counted in the state, as are sampled gradients and inverses
-      that are not finite. No parameter is updated before there are statistics.
-
-    Raises:
-      ValueError: a number is out of its range, or `fisher` is unknown. From `init`: a mode merges an axis that is
-        divided over a mesh behind another axis. From `update`: `sampled_grads` is missing, or has another structure or
-        shape than the gradients; the state is of other `views`; `inverse_axis` is not an axis of the current mesh.
-      TypeError: an argument has a wrong type, or (from `init` and `update`) a parameter is not real and floating, or
-        (from `update`) the state is not one of this optimizer.
 
     References:
       Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
@@ -165,14 +182,50 @@ def adaptive_tnt(
 ) -> optax.GradientTransformationExtraArgs:
     r"""TNT without a learning rate.
 
-    The step u minimizes the exact quadratic model of the batch in the span of TNT's direction p (`scale_by_tnt` without
-    momentum) and the step before (`scale_by_quadratic_model`). Nothing has to be tuned.
+    The step :math:`u_t` minimizes the exact quadratic model of the batch (:func:`scale_by_quadratic_model`) in the span
+    of the direction :math:`p_t` of TNT, without momentum (:func:`scale_by_tnt`), and the step before, :math:`u_{t-1}`:
 
     .. math::
 
-      u_t = c_1 p_t + c_2 u_{t-1}, \qquad W \leftarrow W - \tau (u_t + \gamma W),
+      u_t = c_1 p_t + c_2 u_{t-1}, \qquad W \leftarrow W - \tau (u_t + \gamma W)
 
-    with the factor tau, `learning_rate`, which is 1 by default.
+    :math:`c_1` is a learning rate and :math:`c_2` a momentum; both are computed at each step. Nothing has to be tuned.
+
+    Args:
+      learning_rate: :math:`\tau`, a factor of the minimizer: 1, or a schedule of the step that falls from 1 to 0, such
+        as ``optax.linear_schedule(1.0, 0.0, steps)``, because the minimizer follows the noise of its batch.
+      damping: :math:`\epsilon > 0` of the inverses, as in :func:`tnt`.
+      statistics_decay: :math:`\beta`, as in :func:`tnt`.
+      statistics_period: :math:`T_1`, as in :func:`tnt`.
+      inverse_period: :math:`T_2`, as in :func:`tnt`.
+      weight_decay: :math:`\gamma`. The decay is decoupled, as in :func:`tnt`, and not part of the model. It needs
+        ``params`` in ``update``.
+      weight_decay_mask: as in :func:`tnt`.
+      trust_radius: None, or :math:`r`: a number or a schedule of the step. :math:`u` is shortened where the exact
+        :math:`u^\top J^\top H J u > r^2`. To second order, :math:`u^\top J^\top H J u` is twice the KL divergence per
+        example between the predictions before and after the step.
+      initial_model_damping: :math:`\lambda` at the first step: ``initial_damping`` of :func:`scale_by_quadratic_model`.
+      adaptive_damping: whether :math:`\lambda` is adapted, as in :func:`scale_by_quadratic_model`.
+      use_momentum: whether the step before is a direction, as in :func:`scale_by_quadratic_model`.
+      views: as in :func:`tnt`.
+      max_dim: as in :func:`tnt`.
+      inverse_parts: as in :func:`tnt`.
+      inverse_axis: as in :func:`tnt`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`. Its ``update`` takes the gradient of the model as its updates
+      (after ``optax.clip_by_global_norm``, for example), and the extra argument ``sampled_grads``, the
+      :class:`SampledGrad` of the same batch. Updates have the dtypes of the gradients. The state is a tuple of a
+      :class:`TNTState`, a :class:`QuadraticModelState`, and the states of weight decay and learning rate. Under
+      :class:`optax.MultiSteps` the model would be that of the last mini-batch alone: use ``microbatches`` of
+      :func:`value_and_sampled_grad` instead.
+
+      A step that is not finite gets a zero update and is counted in the states. No parameter is updated before there
+      are statistics.
+
+    Raises:
+      ValueError: as :func:`tnt` and :func:`scale_by_quadratic_model`.
+      TypeError: as :func:`tnt` and :func:`scale_by_quadratic_model`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tnt_optax
@@ -187,40 +240,9 @@ def adaptive_tnt(
       >>> bool(value_and_grads(params, jnp.eye(4), labels, jax.random.key(1))[0] < loss)
       True
 
-    Args:
-      learning_rate: a factor of the minimizer: 1, or a schedule of the step that falls from 1 to 0, such as
-        `optax.linear_schedule(1.0, 0.0, steps)`, because the minimizer follows the noise of its batch.
-      damping: eps > 0 of the inverses, as in `tnt`.
-      statistics_decay: beta, as in `tnt`.
-      statistics_period: T1, as in `tnt`.
-      inverse_period: T2, as in `tnt`.
-      weight_decay: decoupled, as in `tnt`: it is no part of the model. Needs `params` in `update`.
-      weight_decay_mask: as in `tnt`.
-      trust_radius: None, or r, a number or a schedule: u is shortened where the exact <u, J^T H J u>, to second order
-        twice the KL divergence per example between the predictions before and after the step, exceeds r^2.
-      initial_model_damping: lambda at the first step, `initial_damping` of `scale_by_quadratic_model`.
-      adaptive_damping: whether lambda is adapted, as in `scale_by_quadratic_model`.
-      use_momentum: whether the step before is a direction, as in `scale_by_quadratic_model`.
-      views: as in `tnt`.
-      max_dim: as in `tnt`.
-      inverse_parts: as in `tnt`.
-      inverse_axis: as in `tnt`.
-
-    Returns:
-      A `GradientTransformationExtraArgs`. Its `update` takes the gradient of the model as its updates (after
-      `optax.clip_by_global_norm`, say), and `sampled_grads`, the `SampledGrad` of the same batch. Updates have the
-      dtypes of the gradients. The state is a tuple of a `TNTState`, a `QuadraticModelState`, and those of weight decay
-      and learning rate. Under `optax.MultiSteps` the model would be that of the last mini-batch alone: use
-      `microbatches` of `value_and_sampled_grad` instead.
-
-      A step that is not finite gets a zero update and is counted in the states. No parameter is updated before there
-      are statistics.
-
-    Raises:
-      ValueError, TypeError: as `tnt` and `scale_by_quadratic_model`.
-
     References:
       Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
+
       Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
       <https://arxiv.org/abs/1503.05671>`_, 2015.
     """
@@ -263,7 +285,7 @@ def adaptive_tnt(
         if warm_start is None:
             check_sampled_grads(sampled_grads)  # Before TNT's own, less strict test.
         extra: dict[str, Any] = {"sampled_grads": sampled_grads, "warm_start": warm_start}
-        # What is no state of this optimizer is an error of `tnt_direction`.
+        # `tnt_direction` raises the error for the state of another optimizer.
         before: Any = state if isinstance(state, tuple) and len(state) == 4 else (state, None)
         (tnt_before, model_before, *others), gradient = before, widen(updates)
         after: Any
@@ -271,7 +293,7 @@ def adaptive_tnt(
         u, after = model.update(p, model_before, params, grad=gradient, **extra)
         u, others = decay_and_factor.update(u, tuple(others), widen(params))
         u = optax.tree.cast_like(u, updates)
-        # The decay, too, leaves out a step that the model rejected. A factor may be at fault as well.
+        # A step that the model rejected has no decay either. A non-finite `learning_rate` rejects a step as well.
         taken = after.rejected_steps == model_before.rejected_steps
         finite = all_finite(u)
         after = after._replace(

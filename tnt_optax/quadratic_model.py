@@ -2,7 +2,7 @@
 
 At parameters theta with the gradient g, the model of the change of the loss at theta - u is
 
-    M(-u) = -<g, u> + 1/2 <u, A u>,    A = J^T H J + R + lambda I,    u = c_1 p_t + c_2 u_(t-1),
+    M(-u) = -g^T u + 1/2 u^T A u,    A = J^T H J + R + lambda I,    u = c_1 p_t + c_2 u_(t-1),
 
 with the exact Fisher matrix J^T H J of the batch and the Hessian R of the regularizer. p_t is the incoming direction,
 u_(t-1) the step before: c_1 is a learning rate, and c_2 a momentum (Martens & Grosse 2015, section 7).
@@ -24,9 +24,9 @@ from tnt_optax.state import QuadraticModelState, check_model_state, init_model_s
 
 # The loss at the new parameters is measured at each of the first steps, when lambda may be far off, then at every 5th.
 _FIRST_STEPS, _MEASURING_PERIOD = 20, 5
-_MOMENTUM_RANGE = 0.25, 1.0  # of the bound of the momentum.
-_LARGEST_RISE = 0.01  # Of the loss, relative to its size: a smaller one may be nothing but rounding errors.
-_DAMPING_RANGE = 1e-8, 1e8  # of lambda, times its initial value.
+_MOMENTUM_RANGE = 0.25, 1.0  # Of the limit of |c_2|.
+_LARGEST_RISE = 0.01  # Of the loss, relative to its size. A smaller rise may be a rounding error.
+_DAMPING_RANGE = 1e-8, 1e8  # Of lambda, relative to its initial value.
 
 
 def scale_by_quadratic_model(
@@ -36,18 +36,61 @@ def scale_by_quadratic_model(
     use_momentum: bool = True,
     trust_radius: NumberOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The minimizer u of the batch's quadratic model, for directions p of any transformation before it.
+    r"""The minimizer of the batch's quadratic model, for the directions of any transformation before it.
 
     .. math::
 
       u_t = c_1 p_t + c_2 u_{t-1} \quad \text{minimizes} \quad
-      M(-u) = -\langle g, u \rangle + \tfrac12 \langle u, (J^\top H J + R + \lambda I)\, u \rangle,
+      M(-u) = -\langle g, u \rangle + \tfrac12 \langle u, A u \rangle, \qquad A = J^\top H J + R + \lambda I
 
-    with the gradient g and the exact Fisher matrix J^T H J of the batch, and the Hessian R of the regularizer. Like
-    every `scale_by_*`, it does not negate: chain `optax.scale_by_learning_rate` behind it.
+    :math:`p_t` is the incoming direction, :math:`u_{t-1}` the step before, :math:`g` the gradient of the mean loss,
+    :math:`J^\top H J` the exact Fisher matrix of the batch (see :meth:`SampledGrad.fisher_products`), and :math:`R` the
+    Hessian of the regularizer. :math:`c_1` is a learning rate and :math:`c_2` a momentum, so that momentum in the
+    direction itself is not needed.
 
-    The step follows the noise of its batch: let the factor behind it fall to 0 at the end of a training. Momentum in
-    the direction itself is not needed.
+    Like every ``scale_by_*`` transformation it does not negate: chain :func:`optax.scale_by_learning_rate` behind it.
+    The step follows the noise of its batch: let that learning rate, a factor of the step, fall from 1 to 0 at the end
+    of a training.
+
+    Args:
+      initial_damping: :math:`\lambda \ge 0` at the first step, on the scale of the eigenvalues of the Fisher matrix. It
+        limits the steps while the Fisher matrix of a batch says little about the loss.
+      adaptive_damping: whether :math:`\lambda` is adapted, by the rule of Levenberg and Marquardt. The loss is computed
+        at the new parameters (a forward pass, in :func:`jax.lax.cond`) at each of the first 20 steps, then at every
+        fifth, and after a rejected one. If the loss rises by more than 1%, the step is rejected and :math:`\lambda` is
+        multiplied by 4. Otherwise the reduction of the loss is compared with the prediction :math:`-M(-u)`: below 1/4
+        of it, :math:`\lambda` is doubled; above 3/4, multiplied by 0.95; above 3/2, where :math:`\lambda` itself limits
+        the step, halved. :math:`\lambda` is not reduced where it contributes less than 1% to :math:`\langle u, A u
+        \rangle`. It is not changed where the prediction is less than the rounding error of the loss, and stays within a
+        factor of :math:`10^8` of its initial value. With a ``loss`` that is linear in the outputs (a policy gradient)
+        the comparison says nothing: pass False, and a ``trust_radius``. With False, :math:`\lambda` is
+        ``initial_damping``, 0 is allowed, and :math:`u` is the minimizer itself.
+      use_momentum: whether :math:`u_{t-1}` is a direction. Unless ``adaptive_damping`` is False, the momentum is
+        limited to :math:`|c_2| \le \min(1, \max(1/4, \kappa))`. Here :math:`\kappa = (\langle g, u_{t-1} \rangle +
+        \langle u_{t-1}, (J^\top H J + R)\, u_{t-1} \rangle) / \langle g_{t-1}, u_{t-1} \rangle` is the share of the
+        last batch's slope along :math:`u_{t-1}` that this batch confirms. Without the limit, the minimizer of a small
+        batch may be the difference of two large and almost parallel directions, which does not fit the next batch. With
+        False, :math:`u` is a multiple of :math:`p`, and the state holds no tree.
+      trust_radius: None, or :math:`r`: a number or a schedule of the step. :math:`u` is shortened where :math:`u^\top
+        J^\top H J u > r^2`. To second order, :math:`u^\top J^\top H J u` is twice the KL divergence per example between
+        the predictions before and after the step.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` whose state is a :class:`QuadraticModelState`. Its ``update``
+      takes ``sampled_grads``, the :class:`SampledGrad` of the batch, and ``grad``, the gradient :math:`g`, a tree like
+      the updates, where it is not ``sampled_grads.grads`` (because it was clipped, for example). Updates have the
+      dtypes of :math:`p`. Inside :func:`optax.masked` and :func:`optax.partition` the model takes the other parameters
+      as fixed.
+
+      Where :math:`p` is 0, so is the update. Where something is not finite, the model has no minimum, or the measured
+      loss rises by more than 1%, the step is rejected: its update is zero, it is counted, and the next step has no
+      momentum.
+
+    Raises:
+      ValueError: a number is out of its range. From ``update``: ``sampled_grads`` is not a :class:`SampledGrad`, or a
+        tree has another structure or shape than the state or the parameters of ``sampled_grads``.
+      TypeError: an argument has a wrong type, a parameter is not real and floating, the state is of another
+        transformation, or the model does not allow :meth:`SampledGrad.fisher_products`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, tnt_optax
@@ -61,41 +104,6 @@ def scale_by_quadratic_model(
       >>> updates, opt_state = tx.update(grads, opt_state, params, sampled_grads=sampled_grads)
       >>> bool(sampled_grads.loss_at(optax.apply_updates(params, updates)) < loss)
       True
-
-    Args:
-      initial_damping: lambda >= 0 at the first step. It bounds the steps while the Fisher matrix of a batch says little
-        about the loss; it is on the scale of the Fisher matrix's eigenvalues.
-      adaptive_damping: whether lambda is adapted, by the rule of Levenberg and Marquardt. At each of the first 20
-        steps, then at every fifth, and after a rejected one, the loss is computed at the new parameters (a forward
-        pass, in `jax.lax.cond`). Where it rose by more than 1%, the step is rejected and lambda is multiplied by 4.
-        Where it fell by less than 1/4 of what the model predicted, lambda is doubled; by more than 3/4, multiplied by
-        0.95; by more than 3/2, where lambda itself limits the step, halved. It is not reduced where it contributes less
-        than 1% to <u, A u>, not changed where the prediction is less than the rounding error of the loss, and stays
-        within a factor of 1e8 of its initial value. With a `loss` that is linear in the outputs (a policy gradient) the
-        comparison says nothing: pass False, and a `trust_radius`. False: lambda is `initial_damping`, 0 is allowed, and
-        u is the minimizer itself.
-      use_momentum: whether u_(t-1) is a direction. Unless `adaptive_damping` is False, the size of its coefficient is
-        at most the share kappa of the last batch's slope along u_(t-1) that this batch confirms, at least 1/4 and at
-        most 1: kappa = (<g, u_(t-1)> + <u_(t-1), (J^T H J + R) u_(t-1)>) / <g_(t-1), u_(t-1)>. With small batches, the
-        minimizer may otherwise be the difference of two large and almost parallel directions, which does not fit the
-        next batch. False: u is a multiple of p, and the state holds no tree.
-      trust_radius: None, or r, a number or a schedule: u is shortened where <u, J^T H J u> exceeds r^2. To second order
-        that is twice the KL divergence per example between the predictions before and after the step.
-
-    Returns:
-      A `GradientTransformationExtraArgs` whose state is a `QuadraticModelState`. `update` takes `sampled_grads`, the
-      `SampledGrad` of the batch, and `grad`, the gradient g, a tree like the updates, where it is not
-      `sampled_grads.grads` (because it was clipped, say). Updates have the dtypes of p. Inside `optax.masked` and
-      `optax.partition` the model takes the other parameters as fixed.
-
-      Where p is 0, so is the update. Where something is not finite, the model has no minimum, or the measured loss
-      rises by more than 1%, the step is rejected: the update is zero, it is counted, and the next has no momentum.
-
-    Raises:
-      ValueError: a number is out of its range. From `update`: `sampled_grads` is no `SampledGrad`, or a tree has
-        another structure or shape than the state or the parameters of `sampled_grads`.
-      TypeError: an argument has a wrong type, a parameter is not real and floating, the state is of another
-        transformation, or the model has no `SampledGrad.fisher_products`.
 
     References:
       Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
@@ -130,7 +138,7 @@ def scale_by_quadratic_model(
         g = own_gradient if grad is None else widen(checks.match("grad", grad, p, "the updates"))
         damping = state.damping if adaptive_damping else as_float(initial_damping)
 
-        # Directions of length 1, so that no product over- or underflows because of theirs.
+        # Directions are scaled to a largest element of 1, so that their size makes no product over- or underflow.
         directions, lengths = zip(*map(_normalized, [p, state.step] if use_momentum else [p]), strict=True)
         fisher, squares = batch.fisher_products(directions), symmetric_products(directions, directions)
         undamped = fisher + batch.regularizer_products(directions)
@@ -143,7 +151,7 @@ def scale_by_quadratic_model(
         predicted = jnp.sum(c * slopes) - _square(curvature, c) / 2
         numbers = jnp.concatenate([jnp.ravel(x) for x in (curvature, slopes, c, predicted, jnp.stack(lengths))])
         finite = jnp.all(jnp.isfinite(numbers)) & (jnp.sum(jnp.abs(c)) <= numerics.largest_number(updates))
-        # Where p is 0 (before there are statistics, say) there is no step, which is no fault.
+        # A direction of 0 (before there are statistics, for example) gives no step, and is not counted as rejected.
         nothing = finite & (lengths[0] == 0)
         minimum = finite & (curvature[0, 0] > 0) & jnp.all(jnp.diagonal(curvature) >= 0) & ~nothing
         u = jax.tree.map(lambda *d: sum(x * y.astype(x.dtype) for x, y in zip(d, c, strict=True)), *directions)
@@ -221,7 +229,7 @@ def _largest_momentum(slope: jax.Array, before: jax.Array) -> jax.Array:
 
 
 def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The coefficients of a step with <u, F u> <= r^2, and whether they were reduced."""
+    """The coefficients of a step with u^T F u at most r^2, and whether they were reduced."""
     if trust_radius is None:
         return c, jnp.bool_(False)
     radius, squared_norm = evaluate_schedule(trust_radius, t), _square(fisher, c)
@@ -230,7 +238,7 @@ def _bounded(c: jax.Array, fisher: jax.Array, trust_radius: Any, t: jax.Array) -
 
 
 def _adapted(damping: jax.Array, ratio: jax.Array, share: jax.Array, worse: jax.Array) -> jax.Array:
-    """Lambda after a step with this ratio of true to predicted reduction, and with this share of lambda in <u, A u>."""
+    """Lambda after a step with this ratio of true to predicted reduction, and this share of lambda in u^T A u."""
     smaller = jnp.where(ratio > 1.5, 0.5, jnp.where(ratio > 0.75, 0.95, 1))
     return damping * jnp.where(ratio >= 0.25, jnp.where(share > 0.01, smaller, 1), jnp.where(worse, 4, 2))
 

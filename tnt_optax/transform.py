@@ -13,8 +13,8 @@ from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule, Options
 from tnt_optax.state import TNTState, check_state, init_state, match_factors, match_updates
 from tnt_optax.views import ViewFn
 
-# The function `warm_start` can only reach a TNTState inside wrappers through `update`: which phase to run in a call
-# that is not a step.
+# The function `warm_start` reaches a TNTState inside wrappers only through `update`. This argument of `update` names the
+# phase to run in a call that is not a step.
 WarmStart = Literal["absorb", "refresh"]
 
 
@@ -32,35 +32,47 @@ def scale_by_tnt(
     inverse_parts: int | None = None,
     inverse_axis: sharding.AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, preconditioned by the inverse of the Kronecker-factored Fisher matrix: the direction p of Algorithm 3.
+    r"""The direction of TNT: momentum, preconditioned by the inverse of the Kronecker-factored Fisher matrix.
 
-    Like every `scale_by_*` it does not negate: chain `optax.scale_by_learning_rate` behind it.
+    .. math::
 
-    Example:
-      >>> import jax.numpy as jnp, optax, tnt_optax
-      >>> tx = optax.chain(tnt_optax.scale_by_tnt(damping=0.1), optax.scale_by_learning_rate(0.01))
-      >>> state = tx.init({"kernel": jnp.zeros((4, 3))})
-      >>> [c.shape for c in state[0].contractions["kernel"]]
-      [(4, 4), (3, 3)]
+      m \leftarrow \mu m + g, \qquad
+      p = m \times_1 (U_1 + \epsilon I)^{-1} \times_2 (U_2 + \epsilon I)^{-1} \cdots \times_k (U_k + \epsilon I)^{-1}
+
+    The factors :math:`U_i` are those of :func:`tnt`, without its learning rate and weight decay. Like every
+    ``scale_by_*`` transformation it does not negate: chain :func:`optax.scale_by_learning_rate` behind it.
 
     Args:
-      damping: as in `tnt`.
-      statistics_decay: as in `tnt`.
-      momentum: as in `tnt`.
-      statistics_period: as in `tnt`.
-      inverse_period: as in `tnt`.
-      fisher: as in `tnt`.
-      trust_radius: as in `tnt`, for the direction p itself.
-      views: as in `tnt`.
-      max_dim: as in `tnt`.
-      inverse_parts: as in `tnt`.
-      inverse_axis: as in `tnt`.
+      damping: :math:`\epsilon`, as in :func:`tnt`.
+      statistics_decay: :math:`\beta`, as in :func:`tnt`.
+      momentum: :math:`\mu`, as in :func:`tnt`.
+      statistics_period: :math:`T_1`, as in :func:`tnt`.
+      inverse_period: :math:`T_2`, as in :func:`tnt`.
+      fisher: as in :func:`tnt`.
+      trust_radius: :math:`r`, as in :func:`tnt`, for the direction :math:`p` itself.
+      views: as in :func:`tnt`.
+      max_dim: as in :func:`tnt`.
+      inverse_parts: as in :func:`tnt`.
+      inverse_axis: as in :func:`tnt`.
 
     Returns:
-      A `GradientTransformationExtraArgs` whose state is a `TNTState`. `update` is that of `tnt`.
+      An :class:`optax.GradientTransformationExtraArgs` whose state is a :class:`TNTState`. Its ``update`` takes
+      ``sampled_grads``, as that of :func:`tnt` does.
 
     Raises:
-      ValueError, TypeError: as `tnt`.
+      ValueError: as :func:`tnt`.
+      TypeError: as :func:`tnt`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, tnt_optax
+      >>> forward = lambda params, inputs: inputs @ params["kernel"]
+      >>> value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical())
+      >>> tx = optax.chain(tnt_optax.scale_by_tnt(damping=0.1), optax.scale_by_learning_rate(0.01))
+      >>> params, labels = {"kernel": jnp.zeros((4, 3))}, jnp.array([0, 1, 2, 0])
+      >>> _, grads, sampled_grads = value_and_grads(params, jnp.eye(4), labels, jax.random.key(0))
+      >>> updates, state = tx.update(grads, tx.init(params), params, sampled_grads=sampled_grads)
+      >>> [c.shape for c in state[0].contractions["kernel"]]
+      [(4, 4), (3, 3)]
 
     References:
       Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
@@ -142,7 +154,7 @@ def _first(state: Any) -> Any:
 
 
 def _statistics(options: Options, gradients: Any, sampled_grads: Any) -> Any:
-    """What the statistics absorb: the sampled gradient, or the gradients themselves."""
+    """What the statistics are computed from: the sampled gradient, or the gradients themselves."""
     if options.fisher == "empirical":
         return gradients
     if sampled_grads is None:
