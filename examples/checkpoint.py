@@ -5,6 +5,7 @@ The program can be killed at any time. Started again with the same command, it r
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ import tnt_optax
 
 
 def main(
-    steps: int = 100, every: int = 10, width: int = 32, seed: int = 0, directory: Path = Path("results/checkpoints")
+    steps: Annotated[int, typer.Option(help="Number of steps, including those of earlier runs.")] = 100,
+    every: Annotated[int, typer.Option(help="Number of steps between two checkpoints.")] = 10,
+    width: Annotated[int, typer.Option(help="Number of units of the hidden layer.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the parameters, the batches and the sampled labels.")] = 0,
+    directory: Annotated[Path, typer.Option(help="Folder of the checkpoints.")] = Path("results/checkpoints"),
 ) -> None:
-    """Trains until STEPS steps are done, including those of earlier runs, with a checkpoint every EVERY steps."""
+    """Trains a classifier of digits, or resumes its training."""
     images, labels = map(jnp.asarray, load_digits(return_X_y=True))
     predictive, tx = tnt_optax.Categorical(), tnt_optax.adaptive_tnt()
     forward = jax.jit(lambda params, images: jax.nn.relu(images / 16 @ params["w1"]) @ params["w2"])

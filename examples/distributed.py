@@ -9,6 +9,7 @@ second one with `--process 1`):
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -41,22 +42,18 @@ def on_mesh(x, devices):
 
 
 def main(
-    mesh: tuple[int, int] = (1, 1),
-    virtual_devices: int | None = None,
-    coordinator: str | None = None,
-    processes: int = 1,
-    process: int = 0,
-    steps: int = 100,
-    every: int = 20,
-    batch_size: int = 128,
-    width: int = 32,
-    directory: Path = Path("results/distributed"),
+    mesh: Annotated[tuple[int, int], typer.Option(help="Numbers of devices along `data` and `model`.")] = (1, 1),
+    virtual_devices: Annotated[int | None, typer.Option(help="Number of CPU devices of each process.")] = None,
+    coordinator: Annotated[str | None, typer.Option(help="Address (host:port) of process 0.")] = None,
+    processes: Annotated[int, typer.Option(help="Number of processes.")] = 1,
+    process: Annotated[int, typer.Option(help="Number of this process, from 0.")] = 0,
+    steps: Annotated[int, typer.Option(help="Number of steps, including those of earlier runs.")] = 100,
+    every: Annotated[int, typer.Option(help="Number of steps between two checkpoints.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Number of examples of a batch, on all devices together.")] = 128,
+    width: Annotated[int, typer.Option(help="Number of units of the hidden layer.")] = 32,
+    directory: Annotated[Path, typer.Option(help="Folder of the checkpoints.")] = Path("results/distributed"),
 ) -> None:
-    """Trains on a MESH of devices along `data` and `model` until STEPS steps are done, including those of earlier runs.
-
-    VIRTUAL_DEVICES is the number of CPU devices of each process. COORDINATOR is the host:port of process 0 of all
-    PROCESSES.
-    """
+    """Trains a classifier of digits on a mesh of devices, or resumes its training."""
     if virtual_devices:
         jax.config.update("jax_num_cpu_devices", virtual_devices)
     if coordinator:

@@ -1,4 +1,4 @@
-"""Numbers about the optimizer's state, for a logger."""
+"""Numbers that describe the state of the optimizer, for a logger."""
 
 import math
 from typing import Any
@@ -16,11 +16,77 @@ from tnt_optax.state import QuadraticModelState, TNTState, describe_state, find_
 
 
 def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = None) -> dict[str, jax.Array]:
-    """Numbers by name: about the factors of every parameter, the steps, and the quadratic model. Nothing is changed.
+    r"""Numbers that describe the factors of all parameters, the steps, and the quadratic model, by name.
 
-    It computes the eigenvalues of every factor, which takes longer than an update of the inverses: call it rarely,
-    inside `jax.jit` or not. (With a state that is stacked by `jax.vmap`, inside `jax.vmap`.) On a mesh of devices every
-    device gets all numbers.
+    The state does not change. The eigenvalues of all factors are computed, which takes longer than an inverse update:
+    do not call it at each step. It can be called inside :func:`jax.jit` and outside. For a state that is stacked by
+    :func:`jax.vmap`, call it inside :func:`jax.vmap`. On a mesh of devices, each device gets all numbers.
+
+    For mode i = 0, 1, ... of each parameter there are these numbers. :math:`U` is the factor of Eq. (5) for the current
+    statistics, :math:`l_1 \le \dots \le l_d` are its eigenvalues (of a diagonal factor: its elements), and
+    :math:`\epsilon` is the damping at the last inverse update. They are scalars, or have the batch axes of a
+    :class:`TensorView`, in float32 (float64 for float64 parameters):
+
+      - ``<path>/mode_<i>/trace``: :math:`\operatorname{tr} U`.
+      - ``<path>/mode_<i>/mean_eigenvalue``: :math:`\operatorname{tr} U / d`, the same for all modes of a parameter.
+      - ``<path>/mode_<i>/smallest_eigenvalue``, ``<path>/mode_<i>/largest_eigenvalue``: :math:`l_1` and :math:`l_d`.
+      - ``<path>/mode_<i>/condition``: :math:`l_d / l_1`; infinity if :math:`U` is singular or 0.
+      - ``<path>/mode_<i>/damped_condition``: :math:`(l_d + \epsilon) / (l_1 + \epsilon)`, the condition number of the
+        matrix that is inverted; 1 for :math:`U = 0`.
+      - ``<path>/mode_<i>/share_below_damping``: the share of the eigenvalues that are smaller than :math:`\epsilon`; 1
+        for :math:`U = 0`.
+
+    The eigenvalues of a dense factor have rounding errors of about :math:`d\, l_d` times the machine epsilon of the
+    dtype. Smaller and negative ones count as 0.
+
+    For each parameter:
+
+      - ``<path>/age``: int32; the number of steps since its inverses were updated: 1 after the step that updated them,
+        0 after a warm start, -1 before the first inverse update.
+      - ``<path>/update_to_gradient``: the norm of the update divided by the norm of the gradient; infinity if only the
+        gradient is 0, 0 if both are.
+      - ``<path>/cosine``: the cosine of the angle between update and gradient: -1 for gradient descent, 0 if one of
+        them is 0.
+
+    The last two need ``grads`` and ``updates``. A parameter without elements has no numbers. For the whole optimizer:
+
+      - ``tnt/steps``: int32; the number of steps.
+      - ``tnt/absorbed``: int32; the number of sampled gradients in the statistics.
+      - ``tnt/damping``: :math:`\epsilon`.
+      - ``tnt/bounded_steps``: int32; the number of steps that the trust radius shortened.
+      - ``tnt/bounded_share``: the same divided by the number of steps; 0 before the first.
+      - ``tnt/rejected_gradients``, ``tnt/rejected_sampled_gradients``, ``tnt/rejected_inverses``: int32; see
+        :class:`TNTState`.
+
+    For a quadratic model, about the last step :math:`u_t = c_1 p_t + c_2 u_{t-1}` (see
+    :func:`scale_by_quadratic_model`):
+
+      - ``quadratic_model/steps``: int32; the number of steps.
+      - ``quadratic_model/learning_rate``, ``quadratic_model/momentum``: :math:`c_1` and :math:`c_2`; 0 without a step.
+      - ``quadratic_model/damping``: :math:`\lambda` for the next step.
+      - ``quadratic_model/predicted_reduction``: the reduction of the loss of the batch that the model predicts.
+      - ``quadratic_model/true_reduction``: the measured reduction, of the last step for which it was measured.
+      - ``quadratic_model/reduction_ratio``: the measured reduction of that step divided by the predicted one; 0 before
+        the first.
+      - ``quadratic_model/bounded_steps``, ``quadratic_model/rejected_steps``: int32; see :class:`QuadraticModelState`.
+
+    ``<path>`` is ``jax.tree_util.keystr(path, simple=True, separator="/")``, such as ``dense/kernel``. If that is the
+    same for two parameters, it is ``keystr(path)``. If ``opt_state`` contains several states of one kind (in
+    :func:`optax.partition`, for example), the path of each state precedes its names.
+
+    Args:
+      opt_state: the state of :func:`tnt` or :func:`adaptive_tnt`, or any state that contains the state of
+        :func:`scale_by_tnt` or :func:`scale_by_quadratic_model`: chained, masked, partitioned or injected.
+      grads: None, or the gradients of the last step, a tree like the parameters. Not used without a :class:`TNTState`.
+      updates: None, or the updates that ``update`` returned for them.
+
+    Returns:
+      A dictionary from names to arrays.
+
+    Raises:
+      ValueError: ``opt_state`` contains no state of this library, only one of ``grads`` and ``updates`` is given, or
+        one of them has another structure or shape than the parameters.
+      TypeError: ``opt_state`` is stacked.
 
     Example:
       >>> import jax.numpy as jnp, tnt_optax
@@ -29,64 +95,6 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
       >>> values = tnt_optax.diagnostics(opt_state, grads=params, updates=updates)
       >>> int(values["tnt/steps"]), int(values["kernel/age"]), bool(values["kernel/mode_0/condition"] > 1)
       (1, 1, True)
-
-    For mode i = 0, 1, ... of every parameter, with the factor U of Eq. (5) for the current statistics, its eigenvalues
-    l_1 <= ... <= l_d (of a diagonal factor: its entries) and the damping eps of the last inverse update. All are
-    float32 (float64 for float64 parameters) scalars, or have the batch axes of a `TensorView`:
-
-      - ``<path>/mode_<i>/trace``: tr U.
-      - ``<path>/mode_<i>/mean_eigenvalue``: tr U / d, which is the same for all modes of a parameter.
-      - ``<path>/mode_<i>/smallest_eigenvalue``, ``<path>/mode_<i>/largest_eigenvalue``: l_1 and l_d.
-      - ``<path>/mode_<i>/condition``: l_d / l_1, of U. Infinity where U is singular, also for U = 0.
-      - ``<path>/mode_<i>/damped_condition``: (l_d + eps) / (l_1 + eps), of U + eps I, the matrix that is inverted; 1
-        for U = 0.
-      - ``<path>/mode_<i>/share_below_damping``: the share of the eigenvalues that are smaller than eps; 1 for U = 0.
-
-    The eigenvalues of a dense factor are known to within rounding errors of the size d * (the dtype's epsilon) * l_d:
-    smaller ones, and negative ones, count as 0.
-
-    For every parameter:
-
-      - ``<path>/age``: int32; steps since its inverses were updated: 1 after the step that updated them, 0 after a warm
-        start, -1 before the first update.
-      - ``<path>/update_to_gradient``: the norm of the update divided by that of the gradient; infinity where
-        only g = 0, 0 where both are.
-      - ``<path>/cosine``: of the angle between u and g; -1 for gradient descent; 0 where one of them is 0.
-
-    The last two need `grads` and `updates`. A parameter without elements has no numbers. For the whole optimizer:
-
-      - ``tnt/steps``: int32; the number of steps, t.
-      - ``tnt/absorbed``: int32; the number of sampled gradients in the statistics.
-      - ``tnt/damping``: eps.
-      - ``tnt/bounded_steps``: int32; the number of steps that the trust radius shortened.
-      - ``tnt/bounded_share``: the same divided by the number of all steps; 0 before the first.
-      - ``tnt/rejected_gradients``, ``tnt/rejected_sampled_gradients``, ``tnt/rejected_inverses``: int32; see
-        `TNTState`.
-
-    Of a quadratic model, for the last step u = c_1 p_t + c_2 u_(t-1) (see `scale_by_quadratic_model`):
-
-      - ``quadratic_model/steps``: int32; the number of steps.
-      - ``quadratic_model/learning_rate``, ``quadratic_model/momentum``: c_1 and c_2; 0 without a step.
-      - ``quadratic_model/damping``: lambda, for the next step.
-      - ``quadratic_model/predicted_reduction``: of the loss of the batch, by the model.
-      - ``quadratic_model/true_reduction``, ``quadratic_model/reduction_ratio``: the measured one, for the last step
-        for which it was measured, and the same divided by the one predicted for it. 0 before the first.
-      - ``quadratic_model/bounded_steps``, ``quadratic_model/rejected_steps``: int32; see `QuadraticModelState`.
-
-    <path> is `jax.tree_util.keystr(path, simple=True, separator="/")`, such as "dense/kernel"; where that is the same
-    for two parameters, `keystr(path)`. Where `opt_state` holds several states of one kind (in `optax.partition`, for
-    example), the path of each state precedes all of its names.
-
-    Args:
-      opt_state: of `tnt`, `adaptive_tnt`, or with the state of `scale_by_tnt` or `scale_by_quadratic_model` in it, also
-        inside chained, masked, partitioned or injected states.
-      grads: None, or the gradients of the last step, a tree like the parameters. Not used without a `TNTState`.
-      updates: None, or what `update` returned for them.
-
-    Raises:
-      ValueError: there is no state of this library in `opt_state`, only one of `grads` and `updates` is given, or one
-        of them has another structure or shape than the parameters.
-      TypeError: `opt_state` is stacked.
     """
     if (grads is None) != (updates is None):
         given, missing = ("grads", "updates") if updates is None else ("updates", "grads")

@@ -11,14 +11,26 @@ if TYPE_CHECKING:
 
 
 def draw_diagnostics(values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Figure":
-    """The spectra of all factors and the damping, one row for each mode of each parameter; and the quadratic model.
+    """A plot of the spectra of all factors with the damping, and of the quadratic model over the steps.
 
-    Left: a line from the smallest eigenvalue to the largest, a dot for the mean, a vertical line for the damping.
-    Eigenvalues below 1e-6 of the largest of all are drawn at the left edge. Right: the share of the eigenvalues that
-    are smaller than the damping. A stack of factors has one row, with its extremes, all its means and its mean share.
+    Each mode of each parameter has a row. Left: a line from the smallest eigenvalue to the largest, a dot for the mean,
+    and a vertical line for the damping. Eigenvalues below 1e-6 of the largest of all are at the left edge. Right: the
+    share of the eigenvalues that are smaller than the damping. A stack of factors has one row, with its smallest and
+    its largest eigenvalue, all its means, and its mean share.
 
-    Below, where there is a quadratic model: learning rate and momentum, the predicted and the true reduction of the
-    loss, and lambda, over the steps.
+    If there is a quadratic model, the plot also has its learning rate and momentum, the predicted and the measured
+    reduction of the loss, and the damping of the model, over the steps.
+
+    Args:
+      values: the result of :func:`diagnostics`, or a sequence of the results of several steps. The spectra are those of
+        the last one.
+
+    Returns:
+      A matplotlib figure without a window. Save it with ``figure.savefig("spectra.png")``.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: ``values`` contains no factor and no quadratic model.
 
     Example:
       >>> import jax.numpy as jnp, tnt_optax
@@ -27,17 +39,6 @@ def draw_diagnostics(values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
       >>> figure = tnt_optax.draw_diagnostics(tnt_optax.diagnostics(opt_state))
       >>> len(figure.axes)  # Spectra, and shares below the damping.
       2
-
-    Args:
-      values: what `diagnostics` returned; or a sequence of these, one for each of several steps. The spectra are those
-        of the last one.
-
-    Returns:
-      A figure without a window: `draw_diagnostics(values).savefig("spectra.png")`.
-
-    Raises:
-      ImportError: there is no matplotlib.
-      ValueError: no factor and no quadratic model in `values`.
     """
     try:
         from matplotlib.figure import Figure

@@ -8,9 +8,9 @@ from flax.training import train_state
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState`, whose `apply_gradients` takes `sampled_grads` too.
+    """The ``TrainState`` of Flax, with an ``apply_gradients`` that also takes ``sampled_grads``.
 
-    Subclass it to add fields, such as `batch_stats`, as Flax's own.
+    Subclass it to add fields, such as ``batch_stats``, in the same way as that of Flax.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, tnt_optax
@@ -27,11 +27,12 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, sampled_grads: Any = None, **kwargs: Any) -> Any:
-        """One step of `tx`; `grads` and `**kwargs` as in Flax's `TrainState.apply_gradients`.
+        """A step of ``tx``, as in the ``TrainState.apply_gradients`` of Flax.
 
         Args:
-          grads: the gradients, a tree like `params`.
-          sampled_grads: what `value_and_sampled_grad` returned: a tree like `params`, or a function that returns one.
+          grads: the gradients, a tree like ``params``.
+          sampled_grads: the :class:`tnt_optax.SampledGrad` of the batch; for :func:`tnt_optax.tnt`, also a tree like
+            ``params``, or a function that returns one.
           **kwargs: other fields to replace.
 
         Returns:

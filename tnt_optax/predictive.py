@@ -1,8 +1,8 @@
-"""Predictive distributions p(y | x, theta): how likely the targets are, given the outputs of a model.
+"""Predictive distributions p(y | x, theta): the likelihood of the targets, given the outputs of a model.
 
-`value_and_sampled_grad` takes any object with the two methods of `PredictiveDistribution`; those here are the usual
-ones, and `Joint`, which combines several. Losses are negative log-likelihoods (up to a constant), because only then is
-the covariance of the gradients of sampled targets the Fisher matrix of Eq. (1). They are computed in float32 or
+`value_and_sampled_grad` takes any object with the two methods of `PredictiveDistribution`. This module has the usual
+distributions, and `Joint`, which combines several. Losses are negative log-likelihoods (up to a constant), because only
+then is the covariance of the gradients of sampled targets the Fisher matrix of Eq. (1). They are computed in float32 or
 better.
 """
 
@@ -20,21 +20,22 @@ from tnt_optax.numerics import as_float, float32_or_better
 
 
 class PredictiveDistribution(Protocol):
-    """The interface of a predictive distribution: any object with the methods `loss` and `sample`.
+    r"""The interface of a predictive distribution: any object with the methods `loss` and `sample`.
 
-    An object may also have a method `batch_size(outputs)`: the number of independent examples over which `loss` takes
-    its mean. Without it, that is the length of the leading axis of the outputs.
+    Three other methods are optional:
 
-    A method `fisher_product(outputs, tangents)` returns H times the tangents, both trees like the outputs. H is the
-    Fisher information of the mean loss with respect to the outputs, weights included: the expectation, over targets
-    sampled from the object, of the Hessian of `loss`. Without the method, H is the Hessian of `loss` at one sample of
-    the targets, which is the same where the outputs are natural parameters of an exponential family, or means of a
-    fixed variance.
-
-    An object that holds arrays needs, for `microbatches`, a method `split(number)` too. It returns the same object with
-    an additional leading axis of length `number` on all of its arrays, whose element j is the distribution of part j
-    (the examples j, j + number, j + 2 number, ...), and the floating-point shares, of shape (number,), that the parts'
-    losses have in the loss of the whole batch.
+    - ``batch_size(outputs)`` returns the number :math:`m` of independent examples over which ``loss`` takes its mean.
+      Without it, :math:`m` is the length of the leading axis of the outputs.
+    - ``fisher_product(outputs, tangents)`` returns :math:`H` times the tangents. Both arguments and the result are
+      trees like the outputs. :math:`H` is the Fisher information of the mean loss with respect to the outputs, weights
+      included: :math:`H = \mathbb{E}_y[\nabla^2 \ell(z, y)]`, for targets :math:`y` sampled from the object at the
+      outputs :math:`z`. Without the method, :math:`H` is the Hessian of ``loss`` at one sample of the targets. Both are
+      the same if the outputs are natural parameters of an exponential family, or means of a fixed variance.
+    - ``split(number)`` is for ``microbatches``. An object that holds arrays needs it. It returns two things: the same
+      object with an additional leading axis of length ``number`` on all of its arrays, and the shares of the parts in
+      the loss of the whole batch, a floating-point array of shape ``(number,)``. Element :math:`j` of the new axis is
+      the distribution of part :math:`j`, which has the examples :math:`j`, :math:`j` + ``number``, :math:`j` + 2
+      ``number``, and so on.
 
     Example:
       >>> import jax, jax.numpy as jnp, tnt_optax
@@ -50,18 +51,31 @@ class PredictiveDistribution(Protocol):
     """
 
     def loss(self, outputs: Any, targets: Any) -> jax.Array:
-        """-log p(targets | outputs), summed over an example's outputs, mean over the batch: a scalar."""
+        r""":math:`-\log p(y \mid z)`, summed over the outputs of an example, mean over the batch: a scalar."""
         ...
 
     def sample(self, key: jax.Array, outputs: Any) -> Any:
-        """Targets drawn from p(. | outputs), of the form that `loss` takes."""
+        """Targets sampled from the distribution at these outputs, as ``loss`` expects them."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """Class labels; the outputs are logits.
+    r"""The distribution of class labels. The outputs are logits.
+
+    .. math::
+
+      \ell = \frac{\sum_n w_n \left( \log \sum_c e^{z_{nc}} - z_{n y_n} \right)}{\sum_n w_n}
+
+    The outputs :math:`z` have the shape ``(..., classes)``. The targets :math:`y` are integer labels of shape
+    ``(...)``. Each label is an example: the mean is over all of them. In a language model it is the mean over the
+    tokens.
+
+    Attributes:
+      weights: :math:`w`: None (all 1), or an array of shape ``(...)`` with the weight of each label, such as a mask
+        that is 0 at padded positions. The loss is 0 if all weights are 0. Sampled labels have the same weights. The
+        weights are an array: build ``Categorical(weights=mask)`` inside the training step.
 
     Example:
       >>> import jax.numpy as jnp, tnt_optax
@@ -69,27 +83,19 @@ class Categorical:
       >>> predictive = tnt_optax.Categorical(weights=labels >= 0)  # Padding does not count.
       >>> bool(jnp.isclose(predictive.loss(logits, labels), jnp.log(3)))
       True
-
-    Outputs have the shape (..., classes), targets are integer labels of shape (...). Every label is an example of
-    its own: the mean is over all of them, which for a language model is the mean over tokens.
-
-    Attributes:
-      weights: None, or an array of shape (...) with a weight for each label, such as a mask that is 0 on padded
-        positions. The loss is then sum(weights * nll) / sum(weights), for true and for sampled labels alike, and 0 if
-        all weights are 0. It is an array like any other: build `Categorical(weights=mask)` inside the step.
     """
 
     weights: Any = None
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """Cross-entropy, (weighted) mean over all labels: a scalar, float32 or better.
+        """The cross-entropy, a (weighted) mean over all labels: a scalar in float32 or better.
 
-        It is NaN, and so is its gradient, for a label that is not a class (-1 or -100, say) and has a weight other than
-        0: exclude ignored labels with `Categorical(weights=labels >= 0)`.
+        If a label is not a class (-1 or -100, for example) and its weight is not 0, the loss and its gradient are NaN.
+        Exclude such labels with ``Categorical(weights=labels >= 0)``.
 
         Raises:
           TypeError: the targets are not integers.
-          ValueError: the targets' (or weights') shape is not that of the outputs without its last axis.
+          ValueError: the shape of the targets or of the weights is not that of the outputs without its last axis.
         """
         logits = _at_least_float32(outputs)
         targets = jnp.asarray(targets)
@@ -117,11 +123,11 @@ class Categorical:
         return jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Labels of shape (...), int32, each drawn from softmax(logits)."""
+        """Labels of shape ``(...)``, in int32, each sampled from the softmax of its logits."""
         return jax.random.categorical(key, _at_least_float32(outputs)).astype(jnp.int32)
 
     def fisher_product(self, outputs: jax.Array, tangents: jax.Array) -> jax.Array:
-        """H t = w / sum(w) * p * (t - <p, t>), p = softmax(logits); 0 at padded positions."""
+        r""":math:`H t = w\, p\, (t - \langle p, t \rangle) / \sum w`, with the probabilities :math:`p`."""
         logits, t = _at_least_float32(outputs), _at_least_float32(tangents)
         weights = jnp.ones(logits.shape[:-1], logits.dtype) if self.weights is None else self._weights(outputs)
         p = jax.nn.softmax(logits)
@@ -130,7 +136,7 @@ class Categorical:
         return jnp.where(weights == 0, 0, weights * product / jnp.where(total == 0, 1, total))
 
     def batch_size(self, outputs: jax.Array) -> jax.Array | int:
-        """How many independent labels the mean is over: (sum w)^2 / sum w^2, for a mask the number of ones."""
+        r"""The number of independent labels, :math:`(\sum w)^2 / \sum w^2`: of a mask, the number of ones."""
         if self.weights is None:
             return max(outputs[..., 0].size, 1)
         weights = self._weights(outputs)
@@ -138,7 +144,7 @@ class Categorical:
         return jnp.square(jnp.sum(weights)) / jnp.where(squares == 0, 1, squares)
 
     def split(self, number: int) -> tuple["Categorical", jax.Array]:
-        """The parts' weights, and their shares of the total weight; see `PredictiveDistribution`.
+        """The weights of the parts, and their shares of the total weight (see :class:`PredictiveDistribution`).
 
         Raises:
           ValueError: `number` does not divide the leading axis of the weights.
@@ -159,10 +165,14 @@ class Categorical:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """Independent yes-or-no outputs; the outputs of the model are their logits.
+    r"""The distribution of independent binary variables. The outputs are logits.
 
-    Outputs and targets have the same shape (batch, ...). Targets are 0, 1 or anything between (the pixels of the
-    paper's autoencoders).
+    .. math::
+
+      \ell = \frac1m \sum_{n=1}^{m} \sum_i \left( \log(1 + e^{z_{ni}}) - y_{ni} z_{ni} \right)
+
+    The outputs :math:`z` and the targets :math:`y` have the same shape ``(batch, ...)``. Targets are numbers from 0 to
+    1, such as the pixels of the paper's autoencoders.
 
     Example:
       >>> import jax.numpy as jnp, tnt_optax
@@ -172,21 +182,21 @@ class Bernoulli:
     """
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """Binary cross-entropy, summed over an example's outputs, mean over the batch: a scalar.
+        """The binary cross-entropy, summed over the outputs of an example, mean over the batch: a scalar.
 
         Raises:
-          ValueError: outputs and targets differ in shape.
+          ValueError: outputs and targets have different shapes.
         """
         targets = _like_outputs(outputs, targets)
         return _sum_then_mean(optax.sigmoid_binary_cross_entropy(_at_least_float32(outputs), targets))
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Zeros and ones of the outputs' shape, in float32 or better, each one with probability sigmoid(logit)."""
+        """Zeros and ones of the shape of the outputs, in float32 or better: 1 with the probability sigmoid(logit)."""
         logits = _at_least_float32(outputs)
         return jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(logits.dtype)
 
     def fisher_product(self, outputs: jax.Array, tangents: jax.Array) -> jax.Array:
-        """H t = p (1 - p) t / batch, p = sigmoid(logit)."""
+        r""":math:`H t = p (1 - p)\, t / m`, with the probabilities :math:`p` of the ones."""
         logits = _at_least_float32(outputs)
         return jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits) * _at_least_float32(tangents) / _batch(logits)
 
@@ -194,17 +204,21 @@ class Bernoulli:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """Normal outputs of a fixed variance; the outputs of the model are the means.
+    r"""The normal distribution with a fixed variance. The outputs are the means.
 
-    Outputs and targets have the same shape (batch, ...).
+    .. math::
+
+      \ell = \frac1m \sum_{n=1}^{m} \sum_i \frac{(z_{ni} - y_{ni})^2}{2 \sigma^2}
+
+    The outputs :math:`z` and the targets :math:`y` have the same shape ``(batch, ...)``.
+
+    Attributes:
+      variance: :math:`\sigma^2`: a positive number, or an array that broadcasts to the shape of the outputs.
 
     Example:
       >>> import jax.numpy as jnp, tnt_optax
       >>> float(tnt_optax.Normal(variance=2.0).loss(jnp.zeros((5, 4)), jnp.ones((5, 4))))  # 4 / (2 * 2)
       1.0
-
-    Attributes:
-      variance: a positive number, or an array that broadcasts against the outputs.
     """
 
     variance: Any = 1.0
@@ -215,29 +229,29 @@ class Normal:
             checks.check_number("variance", self.variance, 0)
 
     def loss(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """Squared error / (2 variance), summed over an example's outputs, mean over the batch: a scalar.
+        """The squared error / (2 variance), summed over the outputs of an example, mean over the batch: a scalar.
 
         Raises:
-          ValueError: outputs and targets differ in shape.
+          ValueError: outputs and targets have different shapes.
         """
         targets = _like_outputs(outputs, targets)
         means = _at_least_float32(outputs)
         return _sum_then_mean(jnp.square(means - targets) / (2 * self._variance(means)))
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Outputs plus normal noise of the variance, in float32 or better."""
+        """The outputs plus normal noise of this variance, in float32 or better."""
         means = _at_least_float32(outputs)
         return means + jnp.sqrt(self._variance(means)) * jax.random.normal(key, means.shape, means.dtype)
 
     def fisher_product(self, outputs: jax.Array, tangents: jax.Array) -> jax.Array:
-        """H t = t / (variance * batch)."""
+        r""":math:`H t = t / (\sigma^2 m)`."""
         means = _at_least_float32(outputs)
         return _at_least_float32(tangents) / (self._variance(means) * _batch(means))
 
     def split(self, number: int) -> tuple["Normal", jax.Array]:
-        """The same variance and equal shares for all parts; see `PredictiveDistribution`.
+        """The same variance and equal shares for all parts (see :class:`PredictiveDistribution`).
 
-        A variance for each example of the batch, which does not broadcast to a part's outputs, is an error in `loss`.
+        A variance for each example of the batch does not broadcast to the outputs of a part: ``loss`` raises an error.
         """
         return microbatches.stack(self, number), microbatches.uniform_shares(number)
 
@@ -254,10 +268,15 @@ class Normal:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Joint:
-    """Several independent outputs, each with its own distribution: policy and value, interior and boundary of a PDE.
+    r"""The distribution of several independent outputs, each with its own distribution.
 
-    Outputs and targets are mappings with the same names as the distributions. Every part has its own leading axis and
-    batch size, and the losses add, so that the Fisher matrix is the sum of those of the parts.
+    Examples are the policy and the value of an agent, and the residuals of a differential equation in the interior and
+    on the boundary. Outputs and targets are mappings with the names of the distributions. Each part has its own leading
+    axis and batch size. The losses of the parts are added, and so are their Fisher matrices.
+
+    Attributes:
+      distributions: a mapping from names to distributions. Weight a squared error by the variance of its ``Normal``:
+        its weight is :math:`1 / \sigma^2`.
 
     Example:
       >>> import jax.numpy as jnp, tnt_optax
@@ -265,9 +284,6 @@ class Joint:
       >>> outputs = {"inside": jnp.zeros(8), "edge": jnp.zeros(2)}
       >>> float(predictive.loss(outputs, {"inside": jnp.ones(8), "edge": jnp.ones(2)}))
       1.5
-
-    Attributes:
-      distributions: a mapping from names to distributions. The weight of a squared-error term is 1/variance.
     """
 
     distributions: Mapping[str, Any]
@@ -281,19 +297,19 @@ class Joint:
         return weighted_loss(self, unit_weights(self), outputs, targets)
 
     def sample(self, key: jax.Array, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Targets for every part, each drawn with its own key."""
+        """The sampled targets of all parts, each with its own key."""
         keys = jax.random.split(key, len(self.distributions))
         parts = zip(self._parts(outputs), keys, strict=True)
         return {name: predictive.sample(subkey, outputs) for (name, predictive, outputs), subkey in parts}
 
     def split(self, number: int) -> tuple["Joint", dict[str, Any]]:
-        """The microbatches of every part, and a mapping with the shares of each; see `PredictiveDistribution`."""
+        """The microbatches of all parts, and a mapping with their shares (see :class:`PredictiveDistribution`)."""
         parts = {name: microbatches.split_predictive(part, number) for name, part in self.distributions.items()}
         joint = Joint({name: predictive for name, (predictive, _) in parts.items()})
         return joint, {name: shares for name, (_, shares) in parts.items()}
 
     def _parts(self, *trees: Any) -> list[tuple[Any, ...]]:
-        """For each part its name, its distribution, and its entry in every tree."""
+        """For each part its name, its distribution, and its entry in each tree."""
         names = set(self.distributions)
         for tree in trees:
             if not isinstance(tree, Mapping) or set(tree) != names:
@@ -334,8 +350,8 @@ def fisher_product(predictive: Any, weights: Any, outputs: Any, tangents: Any, t
 
     Args:
       predictive: the distribution.
-      weights: as of `weighted_loss`.
-      outputs: of the model, in float32 or better.
+      weights: those of `weighted_loss`.
+      outputs: the outputs of the model, in float32 or better.
       tangents: a tree like the outputs.
       targets: a function that returns sampled targets, for a distribution without a `fisher_product` of its own.
     """
@@ -395,5 +411,5 @@ def _sum_then_mean(losses: jax.Array) -> jax.Array:
 
 
 def _batch(outputs: jax.Array) -> int:
-    """Over how many examples the mean is."""
+    """The number of examples of which `loss` is the mean."""
     return max(outputs.shape[0] if outputs.ndim else 1, 1)

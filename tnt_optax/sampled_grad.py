@@ -1,4 +1,4 @@
-"""The gradient of the loss and, from the same forward pass, the gradient for targets sampled from the model."""
+"""The gradient of the loss and, from the same forward pass, the gradient for targets sampled from the predictions."""
 
 import dataclasses
 import functools
@@ -22,13 +22,19 @@ from tnt_optax.sharding import AxisNames
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampledGrad:
-    """A batch's sampled-label gradient and quadratic model, computed on demand; from `value_and_sampled_grad`.
+    """The sampled gradient and the quadratic model of a batch, which are computed when they are used.
 
-    Pass it to `tx.update(..., sampled_grads=sampled_grads)` as it is: the optimizer calls it inside `jax.lax.cond`, on
-    the steps that use it.
+    :func:`value_and_sampled_grad` returns it. Pass it to ``tx.update(..., sampled_grads=sampled_grads)`` without
+    calling it: the optimizer calls it inside :func:`jax.lax.cond`, at the steps that use it.
 
-    It is a pytree: what its computations need (residuals of the forward pass, outputs, keys, and all arrays that
-    `forward`, `loss` and `regularizer` close over) are its leaves, so that it can cross a `jit` boundary.
+    It is a pytree, and can be an argument or a result of a jitted function. Its leaves are the arrays that its
+    computations need: the residuals of the forward pass, the outputs, keys, and the arrays that ``forward``, ``loss``
+    and ``regularizer`` close over.
+
+    Attributes:
+      loss: the loss that was returned.
+      grads: the gradients that were returned.
+      params: the parameters of both.
 
     Example:
       >>> import jax, jax.numpy as jnp, tnt_optax
@@ -36,17 +42,12 @@ class SampledGrad:
       >>> value_and_grads = jax.jit(tnt_optax.value_and_sampled_grad(forward, tnt_optax.Normal()))
       >>> params, inputs, targets = jnp.zeros((4, 3)), jnp.eye(4), jnp.ones((4, 3))
       >>> _, grads, sampled_grads = value_and_grads(params, inputs, targets, jax.random.key(0))
-      >>> sampled_grads().shape  # The sampled-label gradient.
+      >>> sampled_grads().shape  # The sampled gradient.
       (4, 3)
       >>> sampled_grads.fisher_products([grads, params]).shape
       (2, 2)
       >>> float(sampled_grads.loss_at(targets))
       0.0
-
-    Attributes:
-      loss: the loss, as returned.
-      grads: the gradients, as returned.
-      params: the parameters at which both were taken.
     """
 
     loss: jax.Array
@@ -56,12 +57,12 @@ class SampledGrad:
     _axis_name: AxisNames | None = dataclasses.field(metadata={"static": True})
 
     def __call__(self) -> Any:
-        """The sampled-label gradient, a tree like the parameters."""
+        """The sampled gradient, a tree like the parameters, times sqrt(m) with ``scale="fisher"``."""
         return self._closures.call("gradient")
 
     @property
     def params(self) -> Any:
-        """The parameters at which loss and gradients were taken."""
+        """The parameters at which the loss and the gradients were computed."""
         return self._closures.call("params")
 
     def fisher_products(self, directions: Sequence[Any]) -> jax.Array:
@@ -71,27 +72,27 @@ class SampledGrad:
 
           \left( d_i^\top J^\top H J\, d_j \right)_{ij}
 
-        J is the Jacobian of the outputs with respect to the parameters, and H the Fisher information of the predictive
-        distribution with respect to the outputs, mean over the batch, with its weights, whatever `scale`. So J^T H J is
-        the exact Fisher matrix of this batch's mean loss; it is what the covariance of `sampled_grads()` with
-        `scale="fisher"` estimates. A regularizer is not part of it.
+        :math:`J` is the Jacobian of the outputs with respect to the parameters. :math:`H` is the Fisher information of
+        the predictive distribution with respect to the outputs, mean over the batch, with its weights. It does not
+        depend on ``scale``. So :math:`J^\top H J` is the exact Fisher matrix of the mean loss of this batch. The
+        covariance of ``sampled_grads()`` with ``scale="fisher"`` is an estimate of it. A regularizer is not part of it.
 
-        All J d_i are computed in one batched pass, each at about the cost of a forward pass, from the residuals of the
-        pullback. With microbatches, every part runs its forward pass once more.
+        All :math:`J d_i` are computed in one batched pass, from the residuals of the pullback. Each costs about a
+        forward pass. With microbatches, each part runs its forward pass once more.
 
         Args:
-          directions: k trees like the parameters. `optax.MaskedNode` and None, in place of an array or of a subtree,
-            count as zeros.
+          directions: :math:`k` trees like the parameters. ``optax.MaskedNode`` and None, in place of an array or of a
+            subtree, stand for zeros.
 
         Returns:
-          A matrix of shape (k, k). The J d_i are computed in the dtypes of the model, their products with H and among
-          each other in float32 or better.
+          A matrix of shape (k, k). The :math:`J d_i` are computed in the dtypes of the model, all other products in
+          float32 or better.
 
         Raises:
-          TypeError: `directions` is not a list or tuple of trees of real floating-point arrays, or the backward pass of
-            `forward` cannot be transposed, as that of a `jax.custom_vjp` function whose backward function is not linear
-            in the cotangent, or calls a kernel without a transpose.
-          ValueError: no directions, or one of another structure or shape than the parameters.
+          TypeError: ``directions`` is not a list or tuple of trees of real floating-point arrays, or the backward pass
+            of ``forward`` cannot be transposed. An example is that of a :func:`jax.custom_vjp` function whose backward
+            function is not linear in the cotangent, or calls a kernel without a transpose.
+          ValueError: there are no directions, or one has another structure or shape than the parameters.
         """
         stacked, number = self._stack(directions), len(directions)
 
@@ -105,16 +106,17 @@ class SampledGrad:
         return _mean(sum_over_parts(of_part, self._microbatches), self._axis_name)
 
     def regularizer_products(self, directions: Sequence[Any]) -> jax.Array:
-        """The matrix of d_i^T R d_j, R the Hessian of the regularizer; zeros without one.
+        r"""The matrix of :math:`d_i^\top R\, d_j`, where :math:`R` is the Hessian of the regularizer.
 
         Args:
-          directions: k trees like the parameters, as in `fisher_products`.
+          directions: :math:`k` trees like the parameters, as in :meth:`fisher_products`.
 
         Returns:
-          A matrix of shape (k, k), in float32 or better.
+          A matrix of shape (k, k), in float32 or better: zeros without a regularizer.
 
         Raises:
-          TypeError, ValueError: as `fisher_products`.
+          TypeError: as :meth:`fisher_products`.
+          ValueError: as :meth:`fisher_products`.
         """
         stacked, number = self._stack(directions), len(directions)
         if "regularizer_product" not in self._closures or not jax.tree.leaves(stacked):
@@ -123,16 +125,16 @@ class SampledGrad:
         return symmetric_products(_unstacked(stacked, number), _unstacked(products, number))
 
     def loss_at(self, params: Any) -> jax.Array:
-        """The loss of the same batch, with the same keys, at other parameters: one forward pass.
+        """The loss of the same batch, with the same keys, at other parameters. It costs a forward pass.
 
         Args:
-          params: a tree like the parameters. `optax.MaskedNode` and None stand for the parameters as they were.
+          params: a tree like the parameters. ``optax.MaskedNode`` and None stand for the parameters of this object.
 
         Returns:
-          A scalar, the mean over the batch (and over the devices of `axis_name`), with the regularizer.
+          A scalar: the mean over the batch (and over the devices of ``axis_name``), plus the regularizer.
 
         Raises:
-          ValueError: `params` has another structure or shape than the parameters.
+          ValueError: ``params`` has another structure or shape than the parameters.
         """
         return self._closures.call("loss_at", checks.fill("params", params, self.params, "the parameters"))
 
@@ -156,7 +158,7 @@ def is_function(sampled_grads: Any) -> TypeGuard[Callable[[], Any]]:
 
 
 def check_sampled_grads(sampled_grads: Any) -> SampledGrad:
-    """An error for what has no quadratic model."""
+    """An error for an object that has no quadratic model."""
     if isinstance(sampled_grads, SampledGrad):
         return sampled_grads
     raise ValueError(
@@ -178,10 +180,65 @@ def value_and_sampled_grad(
     microbatches: int = 1,
     axis_name: AxisNames | None = None,
 ) -> Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, SampledGrad]]:
-    """A function that returns the loss, its gradient, and the sampled-label gradient (lines 3-4 of Algorithm 1).
+    r"""Like :func:`jax.value_and_grad`, and the *sampled gradient*, for targets sampled from the model's predictions.
 
-    It runs one forward pass. The pullback of `jax.vjp` is applied to the cotangent of the true targets and, only when
-    the `SampledGrad` is called, to that of targets sampled from `predictive`.
+    .. math::
+
+      \hat y_n \sim p(\cdot \mid x_n, \theta), \qquad
+      G = \nabla_\theta\, \frac1m \sum_{n=1}^{m} -\log p(\hat y_n \mid x_n, \theta), \qquad
+      m\, \mathbb{E}[G G^\top] = F
+
+    :math:`F` is the Fisher matrix of Eq. (1), for the examples of the batch (lines 3 and 4 of Algorithm 1). There is
+    one forward pass. The pullback of :func:`jax.vjp` gives the gradient for the targets of the data and, when the
+    :class:`SampledGrad` is called, the gradient for the sampled targets.
+
+    Args:
+      forward: ``forward(params, inputs) -> outputs``, or ``(outputs, aux)`` with ``has_aux``. ``inputs`` is any pytree.
+        A dropout key or the running averages of a BatchNorm can be part of it, or of the closure of ``forward``.
+      predictive: :class:`Categorical`, :class:`Bernoulli`, :class:`Normal`, a :class:`Joint` of several, or an object
+        of your own with the methods ``loss`` and ``sample`` (see :class:`PredictiveDistribution`).
+      loss: None, or a training loss ``(outputs, targets) -> scalar`` that is not the negative log-likelihood, such as
+        label smoothing, PPO or a focal loss. It is a mean over the batch, like ``predictive.loss``. The returned loss
+        and gradient are those of this function. Sampled targets and statistics are still those of ``predictive``, which
+        then does not get the targets.
+      regularizer: None, or a function ``(params) -> scalar``. It is added to the loss, and its gradient to the
+        gradient. It is not part of the Fisher matrix. If it is not finite, the gradient is NaN, and the optimizer
+        rejects the step.
+      has_aux: whether ``forward`` returns ``(outputs, aux)``. ``aux`` is, for example, the new averages of a BatchNorm.
+      scale: ``"fisher"``: the sampled gradient :math:`G` is multiplied by :math:`\sqrt m`, so that the Kronecker
+        factors estimate :math:`F` for any batch size. ``"mean"``: it is not multiplied, as in the paper, and the
+        factors estimate :math:`F / m`. The published hyper-parameters assume ``"mean"``. :math:`m` is
+        ``predictive.batch_size(outputs)`` if there is such a method, else the length of the leading axis of the
+        outputs.
+      microbatches: the number of sequential microbatches of equal size. Only one has its activations in memory at a
+        time. Part :math:`j` has the examples :math:`j`, :math:`j` + ``microbatches``, and so on. All leaves of inputs
+        and targets therefore need the leading axis of the batch (of the targets and outputs of a :class:`Joint`, each
+        part its own). In place of a dropout key, pass ``jax.random.split(key, batch_size)``, and use the first one in
+        ``forward``. Loss and gradients are those of the whole batch, summed in float32 or better. A microbatch counts
+        by its share of the weights of ``predictive`` (of a :class:`Joint`, by the mean of the shares of its parts), so
+        a ``loss`` should apply these weights. ``aux`` has a leading axis of the microbatches: take the mean of the
+        averages of a BatchNorm, and the last value of a counter. ``sampled_grads()`` runs its own forward passes.
+      axis_name: None, or the name (or names) of an axis of :func:`jax.shard_map` or :func:`jax.pmap` over which the
+        batch is divided. Loss, gradients and the sampled gradient are averaged over it. Each device samples targets
+        with its own key, and :math:`m` is the size of the global batch. With weights, the loss of each device is
+        divided by the total weight of this device. ``aux`` is that of the device.
+
+    Returns:
+      A function ``value_and_grads(params, inputs, targets, key) -> (loss, grads, sampled_grads)``. With ``has_aux`` it
+      returns ``((loss, aux), grads, sampled_grads)``. ``loss`` is a scalar, ``grads`` a tree like ``params``, and
+      ``sampled_grads`` a :class:`SampledGrad`. Call the function inside :func:`jax.jit`: outside, each call traces the
+      model again, and jitted functions that get the :class:`SampledGrad` are compiled again.
+
+      With ``microbatches=1``, the residuals of the forward pass stay in memory until the update of the optimizer, at
+      each step.
+
+    Raises:
+      TypeError: ``forward``, ``loss``, ``regularizer`` or a method of ``predictive`` is missing or not callable, or
+        ``microbatches`` is not an integer. When called: a loss or the regularizer does not return a real floating-point
+        number.
+      ValueError: ``scale`` is unknown, or ``microbatches`` is below 1. When called: the targets do not fit the outputs,
+        a loss or the regularizer returns an array with axes, ``microbatches`` does not divide the batch, or the batch
+        has no common leading axis.
 
     Example:
       >>> import jax, jax.numpy as jnp, tnt_optax
@@ -191,52 +248,6 @@ def value_and_sampled_grad(
       >>> loss, grads, sampled_grads = value_and_grads(params, inputs, labels, jax.random.key(0))
       >>> bool(jnp.isclose(loss, jnp.log(3))), grads.shape, sampled_grads().shape
       (True, (4, 3), (4, 3))
-
-    Args:
-      forward: `forward(params, inputs) -> outputs`, or `(outputs, aux)` with `has_aux`. `inputs` is any pytree. A
-        dropout key or the running averages of a BatchNorm can be part of it, or of the closure of `forward`.
-      predictive: `Categorical()`, `Bernoulli()`, `Normal()`, a `Joint` of several, or an object of your own with their
-        methods `loss` and `sample` (see `PredictiveDistribution`).
-      loss: None, or the training loss `(outputs, targets) -> scalar`, where it is not the negative log-likelihood
-        (label smoothing, PPO, focal loss), on the scale of `predictive.loss`: the mean over the batch. Loss and
-        gradient are those of this function. Sampled labels and statistics stay those of `predictive`, which never sees
-        the targets.
-      regularizer: None, or `(params) -> scalar`, which is added to the loss and, with its gradient, to the gradient,
-        but is not part of the Fisher matrix. Where it is not finite the gradient is NaN, so that the optimizer rejects
-        the step.
-      has_aux: whether `forward` returns `(outputs, aux)`, such as BatchNorm's new averages.
-      scale: "fisher": the sampled gradient G, a mean over m examples, is multiplied by sqrt(m), so that the factors
-        estimate the Fisher matrix F itself, whatever the batch size. "mean": it is not, as in the paper, so that the
-        factors estimate F/m. The published hyper-parameters assume "mean". m is `predictive.batch_size(outputs)` where
-        there is that method, else the length of the leading axis of the outputs.
-      microbatches: the number of sequential microbatches of equal size, of which only one has its activations in memory
-        at a time. Part j has the examples j, j + microbatches, ...: every leaf of inputs and targets needs the leading
-        axis of the batch (for a dropout key, `jax.random.split(key, batch_size)`, of which `forward` may take the
-        first); in the targets and outputs of a `Joint`, each part its own. Loss and gradients are those of the whole
-        batch, summed in float32 or better. A `loss` should apply
-        the weights of `predictive`, because a microbatch counts by its share of them (of a `Joint`, by the mean of the
-        shares of its parts). `aux` has a leading axis of the microbatches: take the mean of
-        BatchNorm's new averages, the last value of a counter. `sampled_grads()` runs its own forward passes.
-      axis_name: None, or the name (or names) of an axis of `jax.shard_map` or `jax.pmap` over which the batch is
-        divided. Loss, gradients and the sampled gradient are averaged over it; targets are sampled with a key of each
-        device's own, and m is the size of the global batch. With weights, the loss of each device is divided by the
-        device's own total weight. `aux` is that of the device.
-
-    Returns:
-      `value_and_grads(params, inputs, targets, key) -> (loss, grads, sampled_grads)`, or
-      `((loss, aux), grads, sampled_grads)` with `has_aux`. `loss` is a scalar, `grads` a tree like `params`, and
-      `sampled_grads` a `SampledGrad`. Call it inside `jit`: outside, every call traces the model anew, and what is
-      jitted behind it compiles anew.
-
-      With `microbatches=1`, the residuals of the forward pass stay in memory until the optimizer's update, in every
-      step.
-
-    Raises:
-      TypeError: `forward`, `loss`, `regularizer` or a method of `predictive` is missing or not callable; `microbatches`
-        is not an integer; when called, a loss or the regularizer does not return a real floating-point number.
-      ValueError: `scale` is unknown or `microbatches` below 1; when called, targets that do not fit the outputs, a loss
-        or regularizer that returns an array with axes, a batch that `microbatches` does not divide, or that has no
-        common leading axis.
 
     References:
       Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.

@@ -16,26 +16,29 @@ from tnt_optax.views import TensorView
 
 
 class TNTState(NamedTuple):
-    """The state of `scale_by_tnt`: everything that it knows between two steps.
+    r"""The state of :func:`scale_by_tnt`.
 
     Trees like the parameters are in float32 (float64 for float64 parameters). Counters are int32 scalars.
 
     Attributes:
-      count: t, the number of updates.
-      statistics_count: n, the number of sampled gradients in the contractions.
-      momentum: a tree like the parameters, m. None with `momentum=None`.
-      contractions: a tree like the parameters that holds, for each of them, a tuple with one array per mode: the moving
-        average C_i of G_(i), of shape (..., d_i, d_i), or (..., d_i) for a diagonal mode.
-      inverses: the same for the cached P_i = (U_i + damping I)^-1. Zeros before the first inverse update.
-      damping: float scalar, eps at the last inverse update (before the first: at step 0).
-      refreshed_at: a tree like the parameters that holds int32 arrays of the shape of the batch axes (scalars, without
-        batch axes): the count t at which the inverses were last updated. -1 before the first update.
+      count: :math:`t`, the number of updates.
+      statistics_count: :math:`n`, the number of sampled gradients in the contractions.
+      momentum: :math:`m`, a tree like the parameters. None with ``momentum=None``.
+      contractions: a tree like the parameters. For each parameter it has a tuple with an array for each mode: the
+        moving average :math:`C_i` of the mode-:math:`i` second-moment matrix of the sampled gradients, of shape
+        ``(..., d_i, d_i)``, or ``(..., d_i)`` for a diagonal mode.
+      inverses: the same for the cached damped inverses :math:`P_i = (U_i + \epsilon I)^{-1}`. Zeros before the first
+        inverse update.
+      damping: a floating-point scalar, :math:`\epsilon` at the last inverse update (before the first: at step 0).
+      refreshed_at: a tree like the parameters, of int32 arrays of the shape of the batch axes (without batch axes,
+        scalars): :math:`t` at the last inverse update, -1 before the first.
       bounded_steps: the number of steps that the trust radius shortened.
-      rejected_gradients: the number of steps whose gradient, direction or update was not finite: their update was zero,
-        and the momentum kept its value.
-      rejected_sampled_gradients: the number of sampled gradients that were not finite, and are not in the contractions.
-      rejected_inverses: the number of inverse updates of single parameters (of single tensors of a stack) that were not
-        finite: the parameter kept its inverses.
+      rejected_gradients: the number of steps whose gradient, direction or update was not finite. Their update was
+        zero, and the momentum kept its value.
+      rejected_sampled_gradients: the number of sampled gradients that were not finite. They are not in the
+        contractions.
+      rejected_inverses: the number of inverse updates, of single parameters or single tensors of a stack, that were not
+        finite. The parameter kept its inverses.
     """
 
     count: jax.Array
@@ -52,23 +55,27 @@ class TNTState(NamedTuple):
 
 
 class QuadraticModelState(NamedTuple):
-    """The state of `scale_by_quadratic_model`. Counters are int32 scalars, other scalars in float32 or better.
+    r"""The state of :func:`scale_by_quadratic_model`.
+
+    Counters are int32 scalars. Other scalars are in float32 or better.
 
     Attributes:
-      count: t, the number of updates.
-      step: a tree like the parameters, in float32 or better: u_(t-1), the step before; zeros where there is none. None
-        with `use_momentum=False`.
-      damping: lambda, for the next step.
-      slope: of the loss of the batch along the last step, <g, u>, with which the next batch is compared.
-      coefficients: of p_t and u_(t-1) in the last step, of shape (2,), or (1,) with `use_momentum=False`: its learning
-        rate and its momentum.
-      predicted_reduction: of the loss of the batch by the last step, -M(-u).
-      true_reduction: the same, measured, for the last step for which it was.
-      reduction_ratio: `true_reduction`, divided by what the model had predicted for the same step with the gradient of
-        the batch; for the last step whose prediction exceeded the rounding error of the loss.
+      count: :math:`t`, the number of updates.
+      step: :math:`u_{t-1}`, the last step, a tree like the parameters in float32 or better. Zeros if there is none;
+        None with ``use_momentum=False``.
+      damping: :math:`\lambda` for the next step.
+      slope: :math:`\langle g, u \rangle`, the slope of the loss of the last batch along the last step. The slope of the
+        next batch is compared with it.
+      coefficients: :math:`c_1` and :math:`c_2` of the last step, its learning rate and its momentum, of shape (2,);
+        with ``use_momentum=False``, of shape (1,).
+      predicted_reduction: :math:`-M(-u)`, the reduction of the loss of the batch that the model predicts for the last
+        step.
+      true_reduction: the measured reduction, of the last step for which it was measured.
+      reduction_ratio: ``true_reduction`` divided by the prediction of the model for the same step, with the gradient of
+        the batch. Of the last step whose prediction exceeded the rounding error of the loss.
       bounded_steps: the number of steps that the trust radius shortened.
       rejected_steps: the number of steps that were not finite, whose model had no minimum, or after which the measured
-        loss was higher by more than 1%: their update was zero.
+        loss was higher by more than 1%. Their update was zero.
     """
 
     count: jax.Array

@@ -13,8 +13,8 @@ from tnt_optax.options import MAX_DIM, Number, NumberOrSchedule, Options
 from tnt_optax.state import TNTState, check_state, init_state, match_factors, match_updates
 from tnt_optax.views import ViewFn
 
-# The function `warm_start` reaches a TNTState inside wrappers only through `update`. This argument of `update` names the
-# phase to run in a call that is not a step.
+# The function `warm_start` reaches a TNTState inside wrappers only through `update`. This argument of `update` names
+# the phase to run in a call that is not a step.
 WarmStart = Literal["absorb", "refresh"]
 
 

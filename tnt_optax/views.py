@@ -1,4 +1,4 @@
-"""Tensor views: which axes of a parameter form which mode."""
+"""Tensor views: the modes of a parameter, as groups of its axes."""
 
 import dataclasses
 import itertools
@@ -10,9 +10,19 @@ from jax.tree_util import KeyPath, keystr
 
 @dataclasses.dataclass(frozen=True)
 class TensorView:
-    """How one parameter is viewed as a tensor of shape (d_1, ..., d_k), or as a stack of such tensors.
+    """The view of a parameter as a tensor of shape (d_1, ..., d_k), or as a stack of such tensors.
 
-    Every axis of the parameter is named exactly once. Negative axes count from the end.
+    Each axis of the parameter is in one mode, or is a batch axis. Negative axes count from the end.
+
+    Attributes:
+      modes: a tuple of axes for each mode i = 1, ..., k. The axes of a tuple are merged, in the given order, into one
+        mode of length d_i. By default, a convolution kernel (H, W, I, O) has the modes `((0, 1), (2,), (3,))`. Without
+        modes, the slices along the batch axes are scalars (k = 1, d_1 = 1).
+      batch_axes: axes that stack independent parameters, such as the layers of an `nn.scan`, or the experts of a
+        mixture. Each slice along them is a tensor with its own factors.
+      diagonal_modes: indices into `modes`. Only the diagonals of the factors of these modes are kept, as for a mode
+        that is longer than `max_dim`. `TensorView(((0,),), diagonal_modes=(0,))` is a diagonal preconditioner of a
+        vector.
 
     Example:
       A kernel of shape (layers, width, heads, head_dim) is a matrix (width, heads * head_dim) for each layer.
@@ -23,16 +33,6 @@ class TensorView:
       >>> state = tx.init({"query": jnp.zeros((2, 8, 4, 3))})
       >>> [c.shape for c in state[0].contractions["query"]]
       [(2, 8, 8), (2, 12, 12)]
-
-    Attributes:
-      modes: one tuple of axes for each mode i = 1, ..., k. The axes of one tuple are merged, in the given order, into
-        one mode of length d_i. A convolution kernel (H, W, I, O) has by default the modes `((0, 1), (2,), (3,))`.
-        Without modes, the slices along the batch axes are scalars (k = 1, d_1 = 1).
-      batch_axes: axes that only stack independent parameters (the layers of an `nn.scan`, the experts of a mixture).
-        Each slice along them is a tensor with factors of its own.
-      diagonal_modes: indices into `modes`; only the diagonal of the factors of these modes is kept, as for a mode that
-        is longer than `max_dim`. `TensorView(((0,),), diagonal_modes=(0,))` makes the preconditioner of a vector
-        diagonal.
     """
 
     modes: tuple[tuple[int, ...], ...]
@@ -54,12 +54,26 @@ def default_view(shape: tuple[int, ...]) -> TensorView:
 def flax_views(stacked: Iterable[str] = ()) -> ViewFn:
     """Views for the parameters of Flax's own modules, Linen or NNX: `tnt(..., views=flax_views())`.
 
-    In attention (`nn.MultiHeadDotProductAttention`, `nnx.MultiHeadAttention`) heads and their elements form one mode: a
-    query, key or value kernel (width, heads, head_dim) is a matrix (width, heads * head_dim), as in a dense layer, the
-    out kernel is a matrix (heads * head_dim, width), and a bias (heads, head_dim) is a vector. A convolution kernel has
-    its spatial axes merged. Every other parameter has one mode for each axis, as without `views`. Attention is
-    recognized by these names and the number of axes: do not use the names for a one-dimensional convolution or a
-    dense layer with three axes.
+    - **Attention** (`nn.MultiHeadDotProductAttention`, `nnx.MultiHeadAttention`). Heads and their elements form one
+      mode. A query, key or value kernel of shape (width, heads, head_dim) is a matrix (width, heads * head_dim), as in
+      a dense layer. The out kernel is a matrix (heads * head_dim, width), and a bias (heads, head_dim) is a vector.
+    - **Convolution.** The spatial axes of a kernel form one mode.
+    - **Other parameters** have one mode for each axis, as without `views`.
+
+    Attention is recognized by the names query, key, value and out, and by the number of axes. Do not use these names
+    for a one-dimensional convolution, or for a dense layer with three axes.
+
+    Args:
+      stacked: names of modules, such as ("blocks",), at any depth of a path. Each parameter below them has a leading
+        axis that stacks layers (`nn.scan` with `variable_axes={"params": 0}`, `nnx.vmap` with `out_axes=0`), and each
+        layer gets its own factors. A name that is in no path has no effect.
+
+    Returns:
+      A function `views(path, shape) -> TensorView`. It raises a ValueError for a parameter below `stacked` that has no
+      axes.
+
+    Raises:
+      TypeError: `stacked` is not an iterable of strings, or it is a string.
 
     Example:
       >>> import jax.numpy as jnp, tnt_optax
@@ -67,17 +81,6 @@ def flax_views(stacked: Iterable[str] = ()) -> ViewFn:
       >>> state = tx.init({"blocks": {"query": {"kernel": jnp.zeros((2, 8, 4, 3))}}})
       >>> [c.shape for c in state[0].contractions["blocks"]["query"]["kernel"]]
       [(2, 8, 8), (2, 12, 12)]
-
-    Args:
-      stacked: names of modules, such as ("blocks",), at any depth of a path. Every parameter below them has a leading
-        axis that stacks layers (`nn.scan` with `variable_axes={"params": 0}`, `nnx.vmap` with `out_axes=0`), and each
-        layer gets factors of its own. A name that is in no path has no effect.
-
-    Returns:
-      `views(path, shape) -> TensorView`. It raises a ValueError for a parameter below `stacked` that has no axes.
-
-    Raises:
-      TypeError: `stacked` is not an iterable of strings, or is a string itself.
     """
     names = None if isinstance(stacked, str) or not isinstance(stacked, Iterable) else tuple(stacked)
     if names is None or not all(isinstance(name, str) for name in names):

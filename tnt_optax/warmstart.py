@@ -21,8 +21,23 @@ def warm_start(
 ) -> optax.OptState:
     """Estimates the statistics before the first step, and computes the inverses from them.
 
-    The contractions become the plain mean over all sampled gradients (and over what they had absorbed before). The
-    paper makes one pass over the data at the initial parameters; ten batches usually suffice.
+    The contractions become the plain mean over all sampled gradients, including those that they already contain. The
+    paper makes one pass over the data, at the initial parameters. Ten batches are usually enough.
+
+    Args:
+      tx: the optimizer. Its :class:`TNTState` may be inside chained, masked, partitioned or injected states.
+      opt_state: its state.
+      params: the parameters at which the sampled gradients were computed.
+      sampled_grads: an iterable, preferably a generator, of :class:`SampledGrad` objects or of trees like ``params``.
+        They are read one by one, so that only one is in memory at a time.
+
+    Returns:
+      The new ``opt_state``. Only the :class:`TNTState` changes, without its momentum and its number of steps.
+
+    Raises:
+      TypeError: ``sampled_grads`` is a single sampled gradient or function, not an iterable.
+      ValueError: ``sampled_grads`` is empty, ``opt_state`` contains no :class:`TNTState`, or ``tx`` does not update it.
+        The errors of ``update`` for a sampled gradient that does not fit are raised too.
 
     Example:
       >>> import jax, jax.numpy as jnp, tnt_optax
@@ -36,20 +51,8 @@ def warm_start(
       >>> int(opt_state[0].statistics_count)
       5
 
-    Args:
-      tx: the optimizer. Its `TNTState` may be inside chained, masked, partitioned or injected states.
-      opt_state: its state. Only the `TNTState` changes, and in it neither the momentum nor the number of steps.
-      params: the parameters at which the sampled gradients were taken.
-      sampled_grads: an iterable, preferably a generator, of trees like `params` or of `SampledGrad` objects. They are
-        read one by one, so that only one is in memory at a time.
-
-    Returns:
-      The new `opt_state`.
-
-    Raises:
-      TypeError: `sampled_grads` is a single sampled gradient or function, not an iterable.
-      ValueError: `sampled_grads` is empty, `opt_state` has no `TNTState`, or `tx` did not update it; and what `update`
-        raises for a sampled gradient that does not fit.
+    References:
+      Ren and Goldfarb, `Tensor Normal Training for Deep Learning Models <https://arxiv.org/abs/2106.02925>`_, 2021.
     """
     if is_function(sampled_grads) or not isinstance(sampled_grads, Iterable) or isinstance(sampled_grads, Mapping):
         raise TypeError(
