@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo bench paper test test-all lint docs clean help
+.PHONY: demo bench paper test test-all test-oldest lint docs notebooks package test-package clean help
 
 help:
 	@echo "make demo   train an autoencoder with adaptive TNT and with tuned optimizers (ARGS=--help for options)"
@@ -11,6 +11,9 @@ help:
 	@echo "make paper  the paper's experiments in small: autoencoders, Figure 1, classification, Theorem 1, Table 1"
 	@echo "make test   run the tests (make test-all: the long ones too)"
 	@echo "make lint   ruff and pyright"
+	@echo "make notebooks     run the notebooks"
+	@echo "make test-oldest   run the tests with the lowest versions of all packages, in .venv-oldest"
+	@echo "make package       the source distribution and the wheel, in dist (make test-package: run their tests)"
 	@echo "make docs   the site, in site; warnings are errors"
 	@echo "make clean  remove the environment and all results that are not committed"
 
@@ -43,8 +46,27 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+notebooks: $(VENV)/notebooks
+	$(BIN)/python -m pytest -n auto --nbmake --nbmake-timeout=120 examples/notebooks $(ARGS)
+
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx -W --keep-going -q docs site $(ARGS)
+
+package: $(VENV)/dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+test-package: package
+	rm -rf build/sdist
+	mkdir -p build/sdist
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	$(MAKE) -C build/sdist test
+
+test-oldest:
+	test -x .venv-oldest/bin/uv || { $(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/python -m pip install --quiet uv; }
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[test]'
+	.venv-oldest/bin/python -m pytest -n auto $(ARGS)
 
 # Each environment's file says that it is complete; they build on one another.
 $(VENV)/examples: pyproject.toml
@@ -62,6 +84,10 @@ $(VENV)/docs: $(VENV)/examples
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
+$(VENV)/notebooks: $(VENV)/examples
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	touch $@
+
 $(VENV)/test: $(VENV)/examples
 	$(BIN)/python -m pip install --quiet --editable '.[examples,test]'
 	touch $@
@@ -71,4 +97,4 @@ $(VENV)/dev: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) results dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest results build dist site .pytest_cache .ruff_cache

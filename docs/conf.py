@@ -10,7 +10,7 @@ import tnt_optax
 HERE = Path(__file__).parent
 settings = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
 
-project = settings["name"]
+project = "tnt_optax"
 version = release = tnt_optax.__version__
 copyright = "the authors of tnt_optax"
 
