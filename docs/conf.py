@@ -17,17 +17,21 @@ copyright = "the authors of tnt_optax"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.extlinks",
     "sphinx.ext.napoleon",
     "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["results"]
+exclude_patterns = ["results", "notebooks/*.md"]  # The texts of the notebooks; the site shows the notebooks.
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-nb_execution_mode = "off"
+nb_execution_mode = "off"  # `make notebooks` runs the notebooks, and their outputs are committed.
+repository = settings["urls"]["Repository"]
+colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
+extlinks = {"colab": (f"{colab}/blob/main/examples/notebooks/%s.ipynb", "Open in Colab%.0s")}
 
 default_role = "code"  # Docstrings have code in single backticks.
 autodoc_member_order = "bysource"
@@ -43,7 +47,7 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_theme_options = {
-    "repository_url": settings["urls"]["Repository"],
+    "repository_url": repository,
     "use_repository_button": True,
     "show_navbar_depth": 1,
     "home_page_in_toc": False,

@@ -14,10 +14,10 @@ images, test_images, labels, test_labels = train_test_split(np.float32(images / 
 
 @nnx.jit
 def train_step(model, optimizer, images, labels, key):
-    graphdef, params = nnx.split(model, nnx.Param)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def forward(params, images):
-        return nnx.merge(graphdef, params)(images)
+        return nnx.merge(graphdef, params, rest, copy=True)(images)
 
     value_and_grads = tnt_optax.value_and_sampled_grad(forward, tnt_optax.Categorical())
     loss, grads, sampled_grads = value_and_grads(params, images, labels, key)

@@ -246,7 +246,7 @@ def adaptive_tnt(
       Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
       <https://arxiv.org/abs/1503.05671>`_, 2015.
     """
-    checks.check_number("learning_rate", learning_rate, schedule=True)
+    checks.check_number("learning_rate", learning_rate, 0, closed=True, schedule=True)
     checks.check_number("initial_model_damping", initial_model_damping, 0, closed=True)
     tnt_direction = scale_by_tnt(
         damping=damping,

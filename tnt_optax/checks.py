@@ -23,7 +23,9 @@ def check_number(
     """A number in (low, high), or with `closed` in [low, high); or an array; or with `schedule` a function."""
     if schedule and callable(value):
         return
-    if _is_number(name, value) and not (low < value < high or (closed and value == low)):
+    if _is_number(name, value, " or a schedule" if schedule else "") and not (
+        low < value < high or (closed and value == low)
+    ):
         raise ValueError(f"{name}: expected a number in {'[' if closed else '('}{low}, {high}), got {value}.")
 
 
@@ -60,13 +62,13 @@ def check_axis_names(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected each axis once, got {value!r}.")
 
 
-def _is_number(name: str, value: Any) -> bool:
+def _is_number(name: str, value: Any, other: str = "") -> bool:
     if isinstance(value, jax.Array | np.ndarray):
         if value.ndim:
-            raise TypeError(f"{name}: expected a number, got an array of shape {value.shape}.")
+            raise TypeError(f"{name}: expected a number{other}, got an array of shape {value.shape}.")
         return False
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name}: expected a number{other}, got {value!r} of type {type(value).__name__}.")
     return True
 
 
@@ -80,6 +82,14 @@ def check_floating(name: str, tree: Any) -> None:
             complex_ = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
             hint = " Give its real and imaginary parts as two parameters." if complex_ else ""
             raise TypeError(f"{where} {leaf.dtype}.{hint}")
+
+
+def check_key(name: str, value: Any) -> None:
+    """A random key, of the new type or of the old one (uint32)."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        got = f"{value!r} of type {type(value).__name__}" if dtype is None else f"an array of {dtype}"
+        raise TypeError(f"{name}: expected a random key, such as jax.random.key(0), got {got}.")
 
 
 def check_scalar(name: str, value: Any) -> jax.Array:

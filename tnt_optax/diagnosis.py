@@ -65,7 +65,8 @@ def diagnostics(opt_state: optax.OptState, *, grads: Any = None, updates: Any = 
       - ``quadratic_model/learning_rate``, ``quadratic_model/momentum``: :math:`c_1` and :math:`c_2`; 0 without a step.
       - ``quadratic_model/damping``: :math:`\lambda` for the next step.
       - ``quadratic_model/predicted_reduction``: the reduction of the loss of the batch that the model predicts.
-      - ``quadratic_model/true_reduction``: the measured reduction, of the last step for which it was measured.
+      - ``quadratic_model/true_reduction``: the measured reduction, of the last accepted step at which it was
+        measured.
       - ``quadratic_model/reduction_ratio``: the measured reduction of that step divided by the predicted one; 0 before
         the first.
       - ``quadratic_model/bounded_steps``, ``quadratic_model/rejected_steps``: int32; see :class:`QuadraticModelState`.

@@ -95,7 +95,8 @@ class Categorical:
 
         Raises:
           TypeError: the targets are not integers.
-          ValueError: the shape of the targets or of the weights is not that of the outputs without its last axis.
+          ValueError: the shape of the targets or of the weights is not that of the outputs without its last axis, or
+            there are fewer than two classes.
         """
         logits = _at_least_float32(outputs)
         targets = jnp.asarray(targets)
@@ -107,7 +108,14 @@ class Categorical:
                 f"targets: Categorical expects integer labels of shape {expected}, got {targets.dtype} of shape "
                 f"{targets.shape}. One-hot targets become labels with jnp.argmax(targets, axis=-1)."
             )
-        _check_shape("targets", targets.shape, expected, f"outputs of shape {logits.shape}")
+        if logits.shape[-1] < 2:
+            raise ValueError(
+                f"outputs: expected logits of at least two classes, got the shape {logits.shape}. For one logit of a "
+                f"binary target, use Bernoulli."
+            )
+        hints = {logits.shape: "jnp.argmax(targets, axis=-1) for one-hot targets", (*expected, 1): "targets[..., 0]"}
+        hint = f" Pass {hints[targets.shape]}." if targets.shape in hints else ""
+        _check_shape("targets", targets.shape, expected, f"outputs of shape {logits.shape}", hint)
         weights = None if self.weights is None else self._weights(outputs)
         if weights is not None:
             # The value at a padded position, even if it is not finite, has no effect on loss and gradient.
@@ -397,13 +405,15 @@ def _at_least_float32(outputs: jax.Array) -> jax.Array:
 
 
 def _like_outputs(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    _check_shape("targets", jnp.shape(targets), jnp.shape(outputs), "outputs of the same shape")
-    return jnp.asarray(targets).astype(_at_least_float32(outputs).dtype)
+    dtype = _at_least_float32(outputs).dtype
+    hint = " Pass targets[..., None]." if (*jnp.shape(targets), 1) == outputs.shape else ""
+    _check_shape("targets", jnp.shape(targets), outputs.shape, "outputs of the same shape", hint)
+    return jnp.asarray(targets).astype(dtype)
 
 
-def _check_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...], beside: str) -> None:
+def _check_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...], beside: str, hint: str = "") -> None:
     if got != expected:
-        raise ValueError(f"{name}: expected shape {expected} beside {beside}, got shape {got}.")
+        raise ValueError(f"{name}: expected shape {expected} beside {beside}, got shape {got}.{hint}")
 
 
 def _sum_then_mean(losses: jax.Array) -> jax.Array:

@@ -234,8 +234,8 @@ def value_and_sampled_grad(
 
     Raises:
       TypeError: ``forward``, ``loss``, ``regularizer`` or a method of ``predictive`` is missing or not callable, or
-        ``microbatches`` is not an integer. When called: a loss or the regularizer does not return a real floating-point
-        number.
+        ``microbatches`` is not an integer. When called: ``key`` is not a random key, the outputs are not real
+        floating-point arrays, or a loss or the regularizer does not return a real floating-point number.
       ValueError: ``scale`` is unknown, or ``microbatches`` is below 1. When called: the targets do not fit the outputs,
         a loss or the regularizer returns an array with axes, ``microbatches`` does not divide the batch, or the batch
         has no common leading axis.
@@ -263,6 +263,7 @@ def value_and_sampled_grad(
     model = _Model(forward, has_aux, loss)
 
     def value_and_grads(params: Any, inputs: Any, targets: Any, key: jax.Array) -> tuple[Any, Any, SampledGrad]:
+        checks.check_key("key", key)
         own_key = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
         whole = Part(inputs, targets, own_key, predictive, distributions.unit_weights(predictive))
         batch = _Batch(model, _of_this_device(params, axis_name), split_batch(microbatches, whole), microbatches)
@@ -319,19 +320,24 @@ class _Model:
         if not self.has_aux:
             return result, None
         if not (isinstance(result, tuple) and len(result) == 2):
+            got = f"an array of shape {jnp.shape(result)}" if hasattr(result, "dtype") else type(result).__name__
             raise TypeError(
-                f"forward: expected it to return (outputs, aux) with has_aux=True, got {type(result).__name__}."
+                f"forward: expected it to return (outputs, aux) with has_aux=True, got {got}. Without aux, leave "
+                "has_aux out."
             )
         return result
 
     def linearize(self, params: Any, inputs: Any) -> _Pass:
         forward = functools.partial(self.outputs_and_aux, inputs=inputs)
         outputs, pullback, aux = jax.vjp(forward, params, has_aux=True)
-        for leaf in jax.tree.leaves(outputs):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not (leaves := jax.tree.leaves(outputs)):
+            raise TypeError(f"forward: expected it to return an array or a tree of arrays, got {outputs!r}.")
+        for leaf in leaves:
+            dtype = getattr(leaf, "dtype", type(leaf).__name__)
+            if not hasattr(leaf, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(
-                    f"outputs: expected real floating-point arrays, got {leaf.dtype}. If `forward` returns (outputs, "
-                    f"aux), pass has_aux=True."
+                    f"outputs: expected real floating-point arrays, got {dtype}. If `forward` returns (outputs, aux), "
+                    f"pass has_aux=True."
                 )
         return _Pass(outputs, pullback, aux)
 

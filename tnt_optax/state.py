@@ -70,7 +70,7 @@ class QuadraticModelState(NamedTuple):
         with ``use_momentum=False``, of shape (1,).
       predicted_reduction: :math:`-M(-u)`, the reduction of the loss of the batch that the model predicts for the last
         step.
-      true_reduction: the measured reduction, of the last step for which it was measured.
+      true_reduction: the measured reduction, of the last accepted step at which it was measured.
       reduction_ratio: ``true_reduction`` divided by the prediction of the model for the same step, with the gradient of
         the batch. Of the last step whose prediction exceeded the rounding error of the loss.
       bounded_steps: the number of steps that the trust radius shortened.
@@ -133,11 +133,11 @@ def check_model_state(state: Any, use_momentum: bool) -> QuadraticModelState:
 
 
 def match_updates(updates: optax.Updates, state: TNTState) -> optax.Updates:
-    """`updates` in the structure of the state's momentum; for the errors, see `checks.match`."""
+    """`updates` in the structure of the state; for the errors, see `checks.match`."""
     if state.momentum is not None:
         return checks.match("updates", updates, state.momentum, "the optimizer's state")
-    checks.check_floating("updates", updates)  # `match_factors` compares structure and shapes.
-    return updates
+    # `match_factors` compares the shapes.
+    return checks.match("updates", updates, state.refreshed_at, "the optimizer's state", shapes=False)
 
 
 def match_factors(blocks: Any, state: TNTState) -> TNTState:
