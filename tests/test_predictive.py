@@ -102,11 +102,19 @@ def test_samples_have_the_probabilities_of_the_model():
     [
         (Categorical(), (4, 3), np.zeros((4, 3)), TypeError, "targets.*integer labels.*argmax"),
         (Categorical(), (4, 3), np.zeros(5, int), ValueError, r"targets: expected shape \(4,\).*got shape \(5,\)"),
-        (Categorical(), (4, 3), np.zeros((4, 1), int), ValueError, "targets"),
+        (Categorical(), (4, 3), np.zeros((4, 1), int), ValueError, r"targets: .*Pass targets\[..., 0\]"),
+        (Categorical(), (4, 3), np.zeros((4, 3), int), ValueError, r"targets: .*argmax"),
+        (
+            Categorical(),
+            (4, 1),
+            np.zeros(4, int),
+            ValueError,
+            r"outputs: .*two classes, got the shape \(4, 1\).*Bernoulli",
+        ),
         (Categorical(weights=np.ones(3)), (4, 3), np.zeros(4, int), ValueError, r"weights.*\(4,\).*\(3,\)"),
         (Categorical(), (), np.zeros((), int), ValueError, "outputs.*logits"),
         (Bernoulli(), (4, 3), np.zeros(4), ValueError, r"targets.*\(4, 3\).*\(4,\)"),
-        (Bernoulli(), (4, 1), np.zeros((4,)), ValueError, "targets"),
+        (Bernoulli(), (4, 1), np.zeros((4,)), ValueError, r"targets: .*Pass targets\[..., None\]"),
         (Normal(), (4, 3), np.zeros((3, 4)), ValueError, r"targets.*\(4, 3\).*\(3, 4\)"),
     ],
 )
@@ -126,6 +134,7 @@ def test_a_variance_that_does_not_broadcast_to_the_outputs():
         Normal(jnp.ones((5, 3))).loss(jnp.ones((5, 1)), jnp.ones((5, 1)))
 
 
-def test_outputs_that_are_no_array():
+@pytest.mark.parametrize("predictive", [Categorical(), Bernoulli(), Normal()])
+def test_outputs_that_are_no_array(predictive):
     with pytest.raises(TypeError, match="has_aux=True"):
-        Categorical().loss((jnp.ones((4, 3)), None), jnp.zeros(4, int))
+        predictive.loss((jnp.ones((4, 3)), None), jnp.zeros(4, int))

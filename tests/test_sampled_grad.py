@@ -326,6 +326,32 @@ def test_outputs_that_are_no_floats_name_has_aux():
         value_and_grads(params, inputs, jnp.zeros(5, int), jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    ("returned", "has_aux", "message"),
+    [
+        (None, False, "forward: expected it to return an array or a tree of arrays, got None"),
+        (1.0, False, "outputs: expected real floating-point arrays, got float"),
+        (
+            jnp.ones((5, 3)),
+            True,
+            r"forward: expected .*has_aux=True, got an array of shape \(5, 3\).*leave has_aux out",
+        ),
+    ],
+)
+def test_models_that_return_something_else(returned, has_aux, message):
+    params, inputs = problem()
+    value_and_grads = value_and_sampled_grad(lambda p, x: returned, Categorical(), has_aux=has_aux)
+    with pytest.raises(TypeError, match=message):
+        value_and_grads(params, inputs, jnp.zeros(5, int), jax.random.key(0))
+
+
+@pytest.mark.parametrize("key", [0, None, jnp.zeros(2)])
+def test_keys_that_are_not_random_keys(key):
+    params, inputs = problem()
+    with pytest.raises(TypeError, match=r"key: expected a random key, such as jax.random.key\(0\), got "):
+        value_and_sampled_grad(forward, Categorical())(params, inputs, jnp.zeros(5, int), key)
+
+
 @pytest.mark.parametrize("value", [None, (jnp.float32(1), 2)])
 def test_a_loss_that_returns_no_array(value):
     params, inputs = problem()
