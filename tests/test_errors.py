@@ -79,6 +79,11 @@ def test_hyperparameters_of_tnt_alone(factory, name, value, error):
         tnt(0.1, trust_radius=-1.0)
 
 
+def test_a_negative_factor_of_the_step():
+    with pytest.raises(ValueError, match=r"^learning_rate: expected a number in \[0, inf\), got -1"):
+        adaptive_tnt(-1.0)
+
+
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.float32(0.5)])
 def test_numbers_of_every_kind_are_taken(value):
     tx = tnt(value, damping=value, statistics_decay=value, momentum=value, weight_decay=value, trust_radius=value)

@@ -334,7 +334,7 @@ def test_outputs_that_are_no_floats_name_has_aux():
         (
             jnp.ones((5, 3)),
             True,
-            r"forward: expected .*has_aux=True, got an array of shape \(5, 3\).*leave has_aux out",
+            r"has_aux=True, got an array of shape \(5, 3\).*leave has_aux out",
         ),
     ],
 )
