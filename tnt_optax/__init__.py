@@ -11,7 +11,7 @@ from tnt_optax.transform import scale_by_tnt
 from tnt_optax.views import TensorView, flax_views
 from tnt_optax.warmstart import warm_start
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Bernoulli",
