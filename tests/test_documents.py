@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_the_page_on_the_design_has_all_modules_above_those_that_import_them():
             package, _, module = str(node.module).partition(".")
             imported = {module} if module else {alias.name for alias in node.names}
             assert package != "tnt_optax" or imported <= {*listed[:index]}, name
+
+
+def test_the_address_of_the_repository_is_that_of_pyproject():
+    pattern = r"https://(?:raw\.githubusercontent|github)\.com/([\w.-]+)/tnt[_-]optax\b"
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    (owner,) = re.findall(pattern + "$", urls["Repository"])
+    files = [*PAGES, ROOT / "pyproject.toml", ROOT / "CITATION.cff", *(ROOT / "examples/notebooks").glob("*.md")]
+    for path in files:
+        assert set(re.findall(pattern, path.read_text())) <= {owner}, path
 
 
 def anchors(page):
