@@ -76,7 +76,9 @@ def trained(tx, steps=14, dtype=jnp.float32):
     return state, grads[-1], updates, sampled
 
 
-@pytest.mark.parametrize(("max_dim", "dtype"), [(1000, jnp.float32), (4, jnp.float64)])
+@pytest.mark.parametrize(
+    ("max_dim", "dtype"), [pytest.param(1000, jnp.float32, marks=pytest.mark.slow), (4, jnp.float64)]
+)
 def test_the_factors_equal_numpy_s(max_dim, dtype):
     eps = 0.9  # Close to the mean of all eigenvalues.
     with jax.enable_x64(dtype == jnp.float64):
@@ -121,7 +123,7 @@ def test_the_modes_make_up_the_fisher_matrix_of_the_parameter():
     np.testing.assert_allclose(np.prod(conditions), np.linalg.cond(kronecker), rtol=1e-3)
 
 
-@pytest.mark.parametrize("max_dim", [1000, 3])
+@pytest.mark.parametrize("max_dim", [pytest.param(1000, marks=pytest.mark.slow), 3])
 def test_a_stack_has_arrays_of_its_shape(max_dim):
     """The same numbers as each layer has alone; with modes as long as the stack, and of length 1."""
     rng = np.random.default_rng(0)
@@ -231,6 +233,7 @@ def test_a_warm_start_is_a_refresh():
     assert int(diagnostics(state)["dense/age"]) == 1
 
 
+@pytest.mark.slow
 def test_bounded_steps_are_those_whose_norm_exceeds_the_radius():
     """lr^2 <p, m> by the reference. A rejected step was not shortened."""
     lr, steps = 0.1, 12

@@ -206,8 +206,16 @@ def small_data(monkeypatch):
 OPTIONS = {"transformer": {"width": 16, "layers": 2, "length": 16}, "image": {"size": 24}}
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", workloads.WORKLOADS)
+QUICK = "digits", "digits_resnet", "transformer", "poisson"
+CASES = [(name, False) for name in QUICK] + [
+    pytest.param(name, every, marks=pytest.mark.slow)
+    for name in workloads.WORKLOADS
+    for every in (False, True)
+    if every or name not in QUICK
+]
+
+
+@pytest.mark.parametrize(("name", "every"), CASES)
 def test_every_workload_traces_with_the_optimizers(name, every, small_data):
     """Types only: nothing is compiled."""
     what = workloads.WORKLOADS[name]

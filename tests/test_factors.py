@@ -121,6 +121,7 @@ def test_a_diagonal_factor_is_normalized_as_the_dense_one():
     np.testing.assert_allclose(ours, np.diag(expected[0]), rtol=1e-6)  # float32
 
 
+@pytest.mark.slow
 def test_factors_of_tensor_normal_draws_converge_to_the_true_covariance():
     """Eq. (2) and (5): from draws alone, the Kronecker product of the U_i approaches the covariance."""
     rng = np.random.default_rng(2)

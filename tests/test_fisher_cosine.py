@@ -28,7 +28,7 @@ def test_block_fisher_and_its_direction_against_numpy():
         np.testing.assert_allclose(np.append(*direction.values()), solution, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("damping", [0.01, 1e6])
+@pytest.mark.parametrize("damping", [0.01, pytest.param(1e6, marks=pytest.mark.slow)])
 def test_program(tmp_path, monkeypatch, damping):
     monkeypatch.setattr(fisher_cosine, "HIDDEN", (5,))
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.

@@ -164,12 +164,13 @@ def test_the_sampled_passes_run_only_every_statistics_period():
     assert per_step == [8, 4, 4, 8, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     "tx",
     [
         pytest.param(tnt(0.1, statistics_period=2), id="tnt"),
-        pytest.param(adaptive_tnt(), id="adaptive_tnt", marks=pytest.mark.slow),
+        pytest.param(adaptive_tnt(), id="adaptive_tnt"),
     ],
 )
 def test_memory_is_that_of_one_part(tx):

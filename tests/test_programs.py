@@ -88,7 +88,15 @@ def newest(directory, *, partial=False):
     return max((int(name.partition(".")[0]) for name in names), default=0)
 
 
-@pytest.mark.parametrize(("name", "package"), [("jax", "jax"), ("linen", "flax"), ("nnx", "flax"), ("equinox",) * 2])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        pytest.param("jax", "jax", marks=pytest.mark.slow),  # The README has almost the same program.
+        ("linen", "flax"),
+        ("nnx", "flax"),
+        pytest.param("equinox", "equinox", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_learn(name, package):
     pytest.importorskip(package, reason=EXTRA)
     rows = re.findall(r"step \d+: loss (\d\.\d+), test accuracy (\d+\.\d)%", run(f"step_{name}.py"))
@@ -160,7 +168,8 @@ def start_two(start, directory, *arguments):
 
 
 # Along `data` the processes hold different images, along `model` the same.
-@pytest.mark.parametrize("mesh", [(2, 2), pytest.param((1, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
 def test_two_processes_hold_the_same_and_what_one_alone_would(tmp_path, start, mesh):
     def alone(name, *arguments):
         words = ("--mesh", jax.device_count(), 1, "--directory", tmp_path / name, "--width", 16, "--steps", 4)

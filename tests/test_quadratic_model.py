@@ -83,8 +83,10 @@ def penalty(params):
     return 0.05 * sum(jnp.sum(jnp.square(x) * (2 - jnp.cos(x))) for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("use_momentum", [True, False])
-@pytest.mark.parametrize("regularizer", [None, penalty], ids=["no regularizer", "regularizer"])
+@pytest.mark.parametrize("use_momentum", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "regularizer", [pytest.param(None, id="none", marks=pytest.mark.slow), pytest.param(penalty, id="regularizer")]
+)
 def test_steps_equal_those_of_dense_matrices(regularizer, use_momentum):
     """The model's own minimizer, with the regularizer's curvature, over steps at which lambda is adapted."""
     inputs, labels = batch()
@@ -543,8 +545,8 @@ def test_the_ratio_is_that_of_the_batch_s_own_gradient(scale):
     assert float(state.damping) == pytest.approx(1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
-@pytest.mark.parametrize("factor", [1e-25, 1e25])
+@pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("factor", [1e-25, pytest.param(1e25, marks=pytest.mark.slow)])
 def test_the_length_of_the_direction_has_no_effect(factor, dtype):
     direction = jax.tree.map(lambda x: jnp.cos(3 * x), start())
     value_and_grads = value_and_sampled_grad(network, Categorical())
@@ -643,6 +645,7 @@ def test_the_loss_is_computed_again_inside_a_conditional_only():
     assert count(jaxpr, "sin", inside_cond=True) == 1
 
 
+@pytest.mark.slow
 def test_a_training_with_every_distribution_and_microbatches_needs_no_argument():
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)

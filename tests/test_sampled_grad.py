@@ -243,7 +243,8 @@ def test_the_covariance_of_a_joint_distribution_is_the_sum_of_the_fisher_matrice
     assert np.linalg.norm(mean) < 5 * math.sqrt(np.trace(fisher) / draws)
 
 
-@pytest.mark.parametrize("scale", [pytest.param("mean", marks=pytest.mark.slow), "fisher"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["mean", "fisher"])
 def test_microbatches_of_a_joint_distribution_equal_one_batch(scale):
     """Parts of 8 and 4 examples, of which one has weights; in float64, because only the order of sums differs."""
     with jax.enable_x64(True):

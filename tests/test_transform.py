@@ -115,6 +115,7 @@ def test_contractions_and_inverses_in_the_state():
     np.testing.assert_allclose(state.contractions["long"][1], np.full(9, 2.0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_diagonal_modes_are_those_of_a_small_max_dim():
     (grads,), (sampled,) = random_trees(0, 1), random_trees(1, 1)
     views = {"dense": TensorView(((0,), (1,)), diagonal_modes=(-1,)), "bias": TensorView(((0,),), diagonal_modes=(0,))}
@@ -299,8 +300,9 @@ def test_the_derivative_through_an_update_is_finite_without_statistics():
     assert np.isfinite(jax.jit(jax.grad(norm))(jnp.zeros((2, 3)))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("optimizer", ["tnt", pytest.param("adaptive_tnt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["tnt", "adaptive_tnt"])
 def test_the_compiled_program_grows_in_proportion_to_the_parameters(optimizer):
     """XLA may put a number that concerns all parameters, and all that it is made of, into the code for each of them."""
 

@@ -135,6 +135,7 @@ def test_every_device_samples_labels_of_its_own():
     assert_equal(step(params, same, labels), jax.tree.map(lambda *g: sum(g) / DEVICES, *drawn))
 
 
+@pytest.mark.slow
 def test_a_training_keeps_the_parameters_identical_and_equals_one_device():
     tx = tnt_optax.tnt(0.1, damping=0.1, statistics_period=2, inverse_period=3, trust_radius=0.3)
 

@@ -107,7 +107,7 @@ def put(tree, mesh, specs):
 
 # The devices divide the inverses in every way; that each computes all of them is a special case.
 @pytest.mark.parametrize("inverse_axis", [pytest.param(None, marks=pytest.mark.slow), BOTH])
-@pytest.mark.parametrize("way", SPECS)
+@pytest.mark.parametrize("way", [pytest.param("data parallel", marks=pytest.mark.slow), "FSDP", "tensor parallel"])
 def test_equals_one_device_and_stays_divided(mesh, way, inverse_axis):
     params, inputs, labels = data_and_params()
     params = put(params, mesh, SPECS[way])
@@ -190,7 +190,7 @@ def test_within_a_shard_map_over_some_of_the_axes(mesh):
     np.testing.assert_allclose(jax.jit(on_a_mesh)(params)["w"], updates(params)["w"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mesh", ONE_QUICK, indirect=True)
+@pytest.mark.slow
 def test_microbatches_on_a_mesh(mesh):
     params, inputs, labels = data_and_params()
     params, data = put(params, mesh, SPECS["FSDP"]), put((inputs, labels), mesh, (P("data"), P("data")))
@@ -274,7 +274,7 @@ def test_a_sharded_axis_merged_behind_another_is_an_error(mesh, traced):
     with_spec(None, "data", shape=(1, 4, 16))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit])
 def test_an_axis_divided_into_one_part_may_be_merged(kind):
     tx = tnt_optax.tnt(0.1, damping=1.0, views=lambda path, shape: TensorView(((0, 1), (2,))), fisher="empirical")
     mesh, kernel = jax.make_mesh((8, 1), BOTH, axis_types=(kind, kind)), jnp.sin(jnp.arange(64.0)).reshape(8, 4, 2)
