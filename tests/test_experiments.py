@@ -206,7 +206,7 @@ def small_data(monkeypatch):
 OPTIONS = {"transformer": {"width": 16, "layers": 2, "length": 16}, "image": {"size": 24}}
 
 
-QUICK = "digits", "digits_resnet", "transformer", "poisson"
+QUICK = "digits", "transformer", "poisson"
 CASES = [(name, False) for name in QUICK] + [
     pytest.param(name, every, marks=pytest.mark.slow)
     for name in workloads.WORKLOADS

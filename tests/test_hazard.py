@@ -52,7 +52,7 @@ def finishes(*arguments):
     assert result.stdout == "done\n"
 
 
-@runs(24, quick=1)
+@runs(24, quick=0)
 def test_a_refresh_in_a_fresh_process_does_not_hang(run):
     finishes()
 

@@ -68,7 +68,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "scale"), [*((name, "fisher") for name in CASES), ("real", "mean")])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        *(pytest.param(name, "fisher", marks=pytest.mark.slow) for name in ("bernoulli", "normal", "empty part")),
+        *((name, "fisher") for name in ("categorical", "variances", "own", "mask", "no weights", "real")),
+        ("real", "mean"),
+    ],
+)
 def test_microbatches_equal_one_batch(name, scale):
     make, k = CASES[name]
     with jax.enable_x64(True):

@@ -92,7 +92,7 @@ def newest(directory, *, partial=False):
     ("name", "package"),
     [
         pytest.param("jax", "jax", marks=pytest.mark.slow),  # The README has almost the same program.
-        ("linen", "flax"),
+        pytest.param("linen", "flax", marks=pytest.mark.slow),
         ("nnx", "flax"),
         pytest.param("equinox", "equinox", marks=pytest.mark.slow),
     ],
@@ -116,6 +116,7 @@ def test_the_gallery_shows_every_program_and_only_files_that_exist():
     assert all((EXAMPLES / link).exists() for link in links)
 
 
+@pytest.mark.slow
 def test_run_that_goes_on_ends_with_the_same_bytes(tmp_path):
     def train(name, steps, *arguments):
         words = ("--directory", tmp_path / name, "--steps", steps, "--width", 8, *arguments)

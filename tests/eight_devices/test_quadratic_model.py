@@ -111,7 +111,8 @@ def test_the_numbers_of_a_divided_batch(name, check_vma, microbatches, crossing)
     assert float(ours[0]["fisher"][0, 0]) > 0.01
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_a_training_under_shard_map_equals_one_device(check_vma):
     params, (inputs,) = make_params(), normals(5, (BATCH, FEATURES))
     targets, steps = np.abs(inputs), 7  # Of which the steps 0 and 5 adapt the damping.
