@@ -97,4 +97,4 @@ $(VENV)/dev: $(VENV)/test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest results build dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest results build dist site jupyter_execute .pytest_cache .ruff_cache
