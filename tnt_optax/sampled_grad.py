@@ -320,7 +320,8 @@ class _Model:
         if not self.has_aux:
             return result, None
         if not (isinstance(result, tuple) and len(result) == 2):
-            got = f"an array of shape {jnp.shape(result)}" if hasattr(result, "dtype") else type(result).__name__
+            shape = getattr(result, "shape", None)
+            got = type(result).__name__ if shape is None else f"an array of shape {shape}"
             raise TypeError(
                 f"forward: expected it to return (outputs, aux) with has_aux=True, got {got}. Without aux, leave "
                 "has_aux out."
