@@ -12,7 +12,7 @@ settings = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"
 
 project = "tnt_optax"
 version = release = tnt_optax.__version__
-copyright = "the authors of tnt_optax"
+author = copyright = "the authors of tnt_optax"
 
 extensions = [
     "myst_nb",
