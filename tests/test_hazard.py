@@ -39,10 +39,8 @@ print("done")
 """
 
 
-def runs(number, quick):
-    return pytest.mark.parametrize(
-        "run", [pytest.param(i, marks=[pytest.mark.slow] * (i >= quick)) for i in range(number)]
-    )
+def runs(number):
+    return pytest.mark.parametrize("run", [pytest.param(i, marks=pytest.mark.slow) for i in range(number)])
 
 
 def finishes(*arguments):
@@ -52,11 +50,11 @@ def finishes(*arguments):
     assert result.stdout == "done\n"
 
 
-@runs(24, quick=0)
+@runs(24)
 def test_a_refresh_in_a_fresh_process_does_not_hang(run):
     finishes()
 
 
-@runs(12, quick=0)
+@runs(12)
 def test_a_refresh_divided_over_devices_does_not_hang(run):
     finishes("data")

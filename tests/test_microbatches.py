@@ -68,11 +68,13 @@ CASES = {
 }
 
 
+SLOW = "bernoulli", "normal", "empty part"
+
+
 @pytest.mark.parametrize(
     ("name", "scale"),
     [
-        *(pytest.param(name, "fisher", marks=pytest.mark.slow) for name in ("bernoulli", "normal", "empty part")),
-        *((name, "fisher") for name in ("categorical", "variances", "own", "mask", "no weights", "real")),
+        *(pytest.param(name, "fisher", marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES),
         ("real", "mean"),
     ],
 )

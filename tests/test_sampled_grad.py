@@ -354,6 +354,15 @@ def test_keys_that_are_not_random_keys(key):
         value_and_sampled_grad(forward, Categorical())(params, inputs, jnp.zeros(5, int), key)
 
 
+def test_keys_of_both_types_are_taken():
+    params, inputs = problem()
+    value_and_grads = value_and_sampled_grad(forward, Categorical())
+    new, old = (
+        value_and_grads(params, inputs, jnp.zeros(5, int), key(0))[2]() for key in (jax.random.key, jax.random.PRNGKey)
+    )
+    chex.assert_trees_all_equal(new, old)
+
+
 @pytest.mark.parametrize("value", [None, (jnp.float32(1), 2)])
 def test_a_loss_that_returns_no_array(value):
     params, inputs = problem()

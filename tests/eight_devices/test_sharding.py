@@ -107,7 +107,9 @@ def put(tree, mesh, specs):
 
 # The devices divide the inverses in every way; that each computes all of them is a special case.
 @pytest.mark.parametrize("inverse_axis", [pytest.param(None, marks=pytest.mark.slow), BOTH])
-@pytest.mark.parametrize("way", [pytest.param("data parallel", marks=pytest.mark.slow), "FSDP", "tensor parallel"])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "data parallel")) for way in SPECS]
+)
 def test_equals_one_device_and_stays_divided(mesh, way, inverse_axis):
     params, inputs, labels = data_and_params()
     params = put(params, mesh, SPECS[way])
