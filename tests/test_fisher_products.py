@@ -1,6 +1,5 @@
 """The quadratic model of a `SampledGrad`: Fisher products against dense matrices in float64, losses, jit boundaries."""
 
-import dataclasses
 import functools
 
 import chex
@@ -12,33 +11,21 @@ import pytest
 from helpers import FixedSamples, Poisson, count, marked
 from jax.flatten_util import ravel_pytree
 
-from tnt_optax import Bernoulli, Categorical, Joint, Normal, SampledGrad, adaptive_tnt, tnt, value_and_sampled_grad
+from tnt_optax import (
+    Bernoulli,
+    Categorical,
+    DiagonalNormal,
+    Joint,
+    Normal,
+    SampledGrad,
+    adaptive_tnt,
+    tnt,
+    value_and_sampled_grad,
+)
 
 BATCH, TIME, FEATURES, HIDDEN, OUTPUTS = 4, 2, 3, 4, 3
 WEIGHTS = np.float32([0.5, 2.0, 0.25, 1.0])
 MASK = np.array([True, False, True, True])
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LearnedVariance:
-    """Normal numbers whose means and log-variances are outputs: the Hessian at samples is not the Fisher matrix."""
-
-    def loss(self, outputs, targets):
-        mean, log_variance = outputs["mean"], outputs["log_variance"]
-        losses = (jnp.square(mean - targets) * jnp.exp(-log_variance) + log_variance) / 2
-        return jnp.sum(losses) / len(losses)
-
-    def sample(self, key, outputs):
-        mean = outputs["mean"]
-        return mean + jnp.exp(outputs["log_variance"] / 2) * jax.random.normal(key, mean.shape, mean.dtype)
-
-    def fisher_product(self, outputs, tangents):
-        size = len(outputs["mean"])
-        return {
-            "mean": jnp.exp(-outputs["log_variance"]) * tangents["mean"] / size,
-            "log_variance": tangents["log_variance"] / (2 * size),
-        }
 
 
 def normals(seed, *shapes):
@@ -101,7 +88,7 @@ def fisher_of_outputs(predictive, outputs):
     """The Fisher information of the mean loss, the expected outer product of scores, over all outputs."""
     if isinstance(predictive, Joint):
         return block_diagonal(fisher_of_outputs(predictive.distributions[name], outputs[name]) for name in outputs)
-    if isinstance(predictive, LearnedVariance):
+    if isinstance(predictive, DiagonalNormal):
         return fisher_of_normal_numbers(outputs)
     size = len(outputs)
     if isinstance(predictive, Categorical):
@@ -209,7 +196,7 @@ CASES = {
     "normal": (lambda: Normal(0.5), lambda: (flat, *one_head()[1:])),
     "variances": (lambda: Normal(jnp.array([0.5, 1.0, 3.0])), SEQUENCES),
     "own": (Poisson, one_head),
-    "own product": (LearnedVariance, with_log_variance),
+    "diagonal normal": (DiagonalNormal, with_log_variance),
     "joint": (lambda: Joint({"first": Categorical(), "second": Normal(0.5)}), with_two_heads),
     "weighted joint": (
         lambda: Joint({"first": Categorical(jnp.asarray(WEIGHTS)), "second": Poisson()}),
@@ -234,20 +221,20 @@ def test_products_are_those_of_the_dense_matrix(name):
     assert bool(jnp.any(ours)) == (name != "no weights")
 
 
-class AtSamples(LearnedVariance):
+class AtSamples(DiagonalNormal):
     fisher_product = property()  # So that `hasattr` says no.
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_without_a_method_it_is_the_hessian_at_the_sampled_targets(joint):
-    """Not the Fisher matrix here, so that the case "own product" tests the method."""
+    """Not the Fisher matrix here, so that the case "diagonal normal" tests the method."""
     model, params, inputs = with_log_variance()
     directions, key, predictive = make_directions(2), jax.random.key(3), AtSamples()
     jacobian, outputs = dense_jacobian(model, params, inputs)
     if joint:
         model, predictive = lambda p, x: {"only": two_parameters(p, x)}, Joint({"only": predictive})
     ours = jitted_products(model, predictive, params, inputs, directions)
-    # The targets of `sampled_grads()`, and the second derivatives of LearnedVariance.loss, with r = mean - target.
+    # The targets of `sampled_grads()`, and the second derivatives of DiagonalNormal.loss, with r = mean - target.
     targets = predictive.sample(key, jax.jit(model)(params, inputs))
     r = (outputs["mean"] - np.asarray(targets["only"] if joint else targets, float)).ravel()
     precision = np.exp(-outputs["log_variance"]).ravel()
@@ -256,7 +243,7 @@ def test_without_a_method_it_is_the_hessian_at_the_sampled_targets(joint):
     hessian = np.block([[np.diag(block) for block in row] for row in blocks]) / BATCH
     tangents = jacobian @ flattened(directions).T
     assert_products(ours, tangents.T @ hessian @ tangents)
-    assert np.abs(ours - dense_truth("own product")).max() > 0.1 * np.abs(ours).max()
+    assert np.abs(ours - dense_truth("diagonal normal")).max() > 0.1 * np.abs(ours).max()
 
 
 @pytest.mark.slow
@@ -619,7 +606,7 @@ def test_the_numbers_without_jit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["weights", "variances", "own product", "weighted joint"])
+@pytest.mark.parametrize("name", ["weights", "variances", "diagonal normal", "weighted joint"])
 @pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_products_of_every_distribution_across_a_jit_boundary(name, microbatches):
     predictive, (model, params, inputs) = CASES[name][0](), CASES[name][1]()

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from tnt_optax import Bernoulli, Categorical, Normal
+from tnt_optax import Bernoulli, Categorical, DiagonalNormal, Normal
 
 
 def outputs_of(shape, seed=0):
@@ -65,17 +65,47 @@ def test_normal_loss_is_the_density_up_to_a_constant():
     assert Normal(variance).loss(means, targets) == pytest.approx((nll - constant).sum(axis=1).mean(), rel=1e-5)
 
 
+def diagonal_outputs(shape, dtype=jnp.float32):
+    return {name: jnp.asarray(outputs_of(shape, seed), dtype) for seed, name in enumerate(["mean", "log_variance"])}
+
+
+def test_diagonal_normal_loss_is_the_density_up_to_a_constant():
+    outputs, targets = diagonal_outputs((4, 3)), outputs_of((4, 3), 2)
+    deviations = np.exp(np.asarray(outputs["log_variance"], float) / 2)
+    nll = -scipy.stats.norm.logpdf(targets.astype(float), np.asarray(outputs["mean"], float), deviations)
+    expected = (nll - 0.5 * np.log(2 * np.pi)).sum(axis=1).mean()
+    assert DiagonalNormal().loss(outputs, targets) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("predictive", "shape"), [(Categorical(), (5, 3)), (Bernoulli(), (5, 3)), (Normal(0.2), (5, 3))]
+    ("outputs", "message"),
+    [
+        ({"mean": jnp.ones((4, 3))}, r"outputs: .*'mean' and 'log_variance'.*\['mean'\]"),
+        (jnp.ones((4, 3)), "outputs: .*'mean' and 'log_variance'"),
+        ({"mean": jnp.ones((4, 3)), "log_variance": jnp.ones(3)}, r"log_variance: .*\(4, 3\).*\(3,\).*broadcast_to"),
+        ({"mean": jnp.ones((4, 2)), "log_variance": jnp.ones((4, 2))}, r"targets: .*\(4, 2\).*\(4, 3\)"),
+    ],
+)
+def test_outputs_that_are_not_those_of_a_diagonal_normal(outputs, message):
+    with pytest.raises(ValueError, match=message):
+        DiagonalNormal().loss(outputs, jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("predictive", "outputs"),
+    [
+        *((predictive, outputs_of((5, 3))) for predictive in (Categorical(), Bernoulli(), Normal(0.2))),
+        (DiagonalNormal(), diagonal_outputs((5, 3))),
+    ],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_low_precision_outputs_give_a_float32_loss_and_a_cotangent_of_their_dtype(predictive, shape, dtype):
-    outputs = jnp.asarray(outputs_of(shape), dtype)
+def test_low_precision_outputs_give_a_float32_loss_and_a_cotangent_of_their_dtype(predictive, outputs, dtype):
+    outputs = jax.tree.map(lambda x: jnp.asarray(x, dtype), outputs)
     targets = predictive.sample(jax.random.key(0), outputs)
     loss, cotangent = jax.value_and_grad(predictive.loss)(outputs, targets)
-    exact = predictive.loss(outputs.astype(jnp.float32), targets)
+    exact = predictive.loss(jax.tree.map(lambda x: x.astype(jnp.float32), outputs), targets)
     assert loss.dtype == jnp.float32
-    assert cotangent.dtype == dtype
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(cotangent))
     assert loss == exact
 
 
@@ -95,6 +125,12 @@ def test_samples_have_the_probabilities_of_the_model():
     normals = jax.vmap(lambda k: Normal(0.25).sample(k, outputs))(keys)
     np.testing.assert_allclose(normals.mean(axis=0), outputs, atol=tolerance)
     np.testing.assert_allclose(normals.var(axis=0), 0.25, atol=tolerance)
+    diagonal = diagonal_outputs((2, 3))
+    variance = np.exp(diagonal["log_variance"])
+    normals = jax.vmap(lambda k: DiagonalNormal().sample(k, diagonal))(keys)
+    # Five standard errors of a mean and of a variance of normal numbers.
+    np.testing.assert_array_less(np.abs(normals.mean(axis=0) - diagonal["mean"]), 5 * np.sqrt(variance / draws))
+    np.testing.assert_array_less(np.abs(normals.var(axis=0) / variance - 1), 5 * np.sqrt(2 / draws))
 
 
 @pytest.mark.parametrize(

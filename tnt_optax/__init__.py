@@ -3,7 +3,7 @@
 from tnt_optax.alias import adaptive_tnt, tnt
 from tnt_optax.diagnosis import diagnostics
 from tnt_optax.drawing import draw_diagnostics
-from tnt_optax.predictive import Bernoulli, Categorical, Joint, Normal, PredictiveDistribution
+from tnt_optax.predictive import Bernoulli, Categorical, DiagonalNormal, Joint, Normal, PredictiveDistribution
 from tnt_optax.quadratic_model import scale_by_quadratic_model
 from tnt_optax.sampled_grad import SampledGrad, value_and_sampled_grad
 from tnt_optax.state import QuadraticModelState, TNTState
@@ -16,6 +16,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "DiagonalNormal",
     "Joint",
     "Normal",
     "PredictiveDistribution",

@@ -275,6 +275,61 @@ class Normal:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DiagonalNormal:
+    r"""The normal distribution with a variance that the model predicts too, of independent variables.
+
+    .. math::
+
+      \ell = \frac1m \sum_{n=1}^{m} \sum_i \frac12 \left( (z_{ni} - y_{ni})^2 e^{-s_{ni}} + s_{ni} \right)
+
+    The outputs are a mapping with the means :math:`z` under the name ``"mean"``, and the logarithms :math:`s` of the
+    variances under ``"log_variance"``. They and the targets :math:`y` have the same shape ``(batch, ...)``. The policy
+    of an agent with continuous actions is an example. A variance that is the same for all inputs is a parameter, which
+    ``forward`` broadcasts to the shape of the means.
+
+    Example:
+      >>> import jax.numpy as jnp, tnt_optax
+      >>> outputs = {"mean": jnp.zeros((5, 4)), "log_variance": jnp.zeros((5, 4))}
+      >>> float(tnt_optax.DiagonalNormal().loss(outputs, jnp.ones((5, 4))))  # 4 / 2
+      2.0
+    """
+
+    def loss(self, outputs: Mapping[str, jax.Array], targets: jax.Array) -> jax.Array:
+        """The negative log-likelihood, summed over the variables of an example, mean over the batch: a scalar.
+
+        Raises:
+          ValueError: the outputs have other names, or means, variances and targets have different shapes.
+        """
+        means, log_variances = self._outputs(outputs)
+        errors = jnp.square(means - _like_outputs(means, targets))
+        return _sum_then_mean((errors * jnp.exp(-log_variances) + log_variances) / 2)
+
+    def sample(self, key: jax.Array, outputs: Mapping[str, jax.Array]) -> jax.Array:
+        """The means plus normal noise of these variances, in float32 or better."""
+        means, log_variances = self._outputs(outputs)
+        return means + jnp.exp(log_variances / 2) * jax.random.normal(key, means.shape, means.dtype)
+
+    def fisher_product(
+        self, outputs: Mapping[str, jax.Array], tangents: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        r""":math:`H t`: :math:`e^{-s} t / m` for the means, :math:`t / (2 m)` for the logarithms of the variances."""
+        means, log_variances = self._outputs(outputs)
+        of_mean, of_log_variance = self._outputs(tangents)
+        m = _batch(means)
+        return {"mean": jnp.exp(-log_variances) * of_mean / m, "log_variance": of_log_variance / (2 * m)}
+
+    def _outputs(self, outputs: Any) -> tuple[jax.Array, jax.Array]:
+        if not isinstance(outputs, Mapping) or set(outputs) != {"mean", "log_variance"}:
+            got = sorted(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+            raise ValueError(f"outputs: DiagonalNormal expects the names 'mean' and 'log_variance', got {got}.")
+        means, log_variances = _at_least_float32(outputs["mean"]), _at_least_float32(outputs["log_variance"])
+        hint = " Use jnp.broadcast_to(log_variance, mean.shape)."
+        _check_shape("log_variance", log_variances.shape, means.shape, "means of the same shape", hint)
+        return means, log_variances
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Joint:
     r"""The distribution of several independent outputs, each with its own distribution.
 
