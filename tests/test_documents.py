@@ -75,7 +75,8 @@ def test_the_page_on_the_design_has_all_modules_above_those_that_import_them():
 
 
 def test_the_address_of_the_repository_is_that_of_pyproject():
-    pattern = r"https://(?:raw\.githubusercontent|github)\.com/([\w.-]+)/tnt[_-]optax\b"
+    hosts = r"(?:raw\.githubusercontent\.com|github\.com|colab\.research\.google\.com/github)"
+    pattern = rf"https://{hosts}/([\w.-]+)/tnt[_-]optax\b"
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     (owner,) = re.findall(pattern + "$", urls["Repository"])
     files = [*PAGES, ROOT / "pyproject.toml", ROOT / "CITATION.cff", *(ROOT / "examples/notebooks").glob("*.md")]

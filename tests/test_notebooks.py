@@ -20,6 +20,12 @@ def test_each_text_has_a_notebook():
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
+def test_the_badge_opens_the_notebook_itself(text):
+    place = text.with_suffix(".ipynb").relative_to(FOLDER.parent.parent)
+    assert cells(text)[0][1].count(f"/blob/main/{place})") == 1
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
 def test_the_notebook_has_the_cells_of_its_text(text):
     assert cells(text.with_suffix(".ipynb")) == cells(text), (
         f"run: jupytext --to ipynb --execute --set-kernel python3 {text.relative_to(FOLDER.parent.parent)}"
