@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from experiments.baselines import inverse_root, kfac, shampoo, soap, value_and_layer_factors
+import pytest
+from experiments.baselines import engd, inverse_root, kfac, shampoo, soap, value_and_layer_factors
 from reference import contraction, mode_product
 
 import tnt_optax
@@ -131,3 +132,30 @@ def test_soap_of_a_vector_is_adam():
         expected = [u["w"] for u in steps(adam, params, gradients[1:])]
     # The first step makes no update. Float32; eps is 1e-8 of the gradients.
     np.testing.assert_allclose(ours, [np.zeros(5), *expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "overshooting"])
+def test_engd_against_least_squares(name):
+    """The first step of a linear problem is that of the pseudo-inverse. Where it is too long, it is halved."""
+    rng = np.random.default_rng(0)
+    matrices, targets = [rng.normal(size=(n, 30)) for n in (6, 4)], [rng.normal(size=n) for n in (6, 4)]
+
+    def residuals_fn(params):
+        linear = [m.astype("f") @ params["w"] - t.astype("f") for m, t in zip(matrices, targets, strict=True)]
+        return linear if name == "linear" else [jnp.arctan(5 * r) for r in linear]  # Flat, far from the solution.
+
+    def value_fn(params):
+        return sum(jnp.mean(jnp.square(r)) / 2 for r in residuals_fn(params))
+
+    params = {"w": jnp.zeros(30)}
+    tx = engd()
+    updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, residuals_fn=residuals_fn, value_fn=value_fn))(params)
+    step = np.asarray(updates["w"], float)
+    if name == "linear":
+        weights = np.repeat([6**-0.5, 4**-0.5], [6, 4])
+        expected = np.linalg.lstsq(weights[:, None] * np.concatenate(matrices), weights * np.concatenate(targets))[0]
+        np.testing.assert_allclose(step, expected, atol=1e-4)  # Float32, condition number below 100.
+    else:
+        losses = [value_fn({"w": jnp.float32(2.0**h * step)}) for h in (-1, 0, 1)]
+        assert losses[1] < min(losses[::2])
+    assert value_fn({"w": jnp.float32(step)}) < value_fn(params)

@@ -220,10 +220,10 @@ def test_every_workload_traces_with_the_optimizers(name, every, small_data):
     """Types only: nothing is compiled."""
     what = workloads.WORKLOADS[name]
     problem = what.make(0, **OPTIONS.get(name, {}))
-    others = {"digits": {"kfac", "shampoo", "soap", "tnt_published", "tnt_part2"}, "poisson": {"lbfgs"}}
+    others = {"digits": {"kfac", "shampoo", "soap", "tnt_published", "tnt_part2"}, "poisson": {"lbfgs", "engd"}}
     if every:  # KFAC is for dense layers whose inputs it can tap.
         dense = {"kfac"} if name in ("digits", "mnist", "faces") else set()
-        others[name] = {"tnt_published", "soap"} | ({"lbfgs"} if problem.batch_size is None else dense)
+        others[name] = {"tnt_published", "soap"} | (dense if problem.batch_size or problem.augment else {"lbfgs"})
     for optimizer in {"adaptive_tnt", "muon"} | others.get(name, set()):  # The first two depend on the views.
         trainer = runner.Trainer(problem, OPTIMIZERS[optimizer], True, what.epoch_steps)
         tx = trainer.tx(highest=0.1, steps=10)
@@ -237,21 +237,67 @@ def test_every_workload_traces_with_the_optimizers(name, every, small_data):
     assert set(values) == {"loss", *problem.metrics}
 
 
-@pytest.mark.parametrize("make", [workloads.poisson, workloads.heat])
-def test_the_residual_is_zero_where_the_equation_holds(make, monkeypatch):
+SOLUTIONS = {
+    "poisson": lambda x: jnp.sin(jnp.pi * x[:, 0]) * jnp.sin(jnp.pi * x[:, 1]),
+    "poisson5": lambda x: jnp.cos(jnp.pi * x) @ jnp.ones(5),
+    "heat": lambda x: jnp.exp(-(jnp.pi**2) / 20 * x[:, 0]) * jnp.sin(jnp.pi * x[:, 1]),
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+@pytest.mark.parametrize("resampled", [0, 1])
+def test_the_residual_is_zero_where_the_equation_holds(name, resampled, monkeypatch):
     """With the solution in place of the network, and second derivatives in float32."""
-
-    def solution(activation, params, x):
-        spatial = jnp.sin(jnp.pi * x[:, 1:])
-        time = jnp.exp(-(jnp.pi**2) / 20 * x[:, :1])
-        return spatial * (time if make is workloads.heat else jnp.sin(jnp.pi * x[:, :1]))
-
-    monkeypatch.setattr(workloads, "dense", solution)
-    problem = make(0)
-    outputs, _ = problem.forward(problem.params, problem.train[0], None)
+    monkeypatch.setattr(workloads, "dense", lambda activation, params, x: SOLUTIONS[name](x)[:, None])
+    problem = getattr(workloads, name)(0, resampled=resampled)
+    inputs = problem.train[0]
+    if resampled:
+        new = problem.augment(jax.random.key(0), inputs)
+        assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, inputs)
+        assert not np.any(new["interior"] == inputs["interior"])
+        inputs = new
+    outputs, _ = problem.forward(problem.params, inputs, None)
     np.testing.assert_allclose(outputs["interior"], 0, atol=1e-4)
-    np.testing.assert_allclose(outputs["edge"], problem.train[1]["edge"], atol=1e-5)
+    np.testing.assert_allclose(outputs["edge"], 0, atol=1e-5)
     assert problem.metrics["l2_error"](problem.params) < 1e-5
+
+
+def test_burgers_equation(monkeypatch):
+    """Its residual is 0 for a travelling wave. The solution for the error has it too, by central differences."""
+    nu, width = 0.1 / np.pi, 0.1
+
+    def wave(activation, params, x):
+        z = 2 * x[:, 1:] - 1
+        return -2 * nu / width * jax.nn.sigmoid(z / width + nu * x[:, :1] / width**2)
+
+    monkeypatch.setattr(workloads, "dense", wave)
+    problem = workloads.burgers(0)
+    outputs, _ = problem.forward(problem.params, problem.train[0], None)
+    np.testing.assert_allclose(outputs["interior"], 0, atol=1e-4)  # The terms are of size 1, in float32.
+    edge = problem.train[0]["edge"]
+    expected = np.where(edge[:, 0] == 0, -np.sin(np.pi * (2 * np.asarray(edge[:, 1], float) - 1)), 0)
+    np.testing.assert_allclose(workloads.burgers_solution(np.asarray(edge)), expected, atol=1e-6)
+
+    def u(t, z):
+        return workloads.burgers_solution(np.stack([t, (z + 1) / 2], axis=1))
+
+    t, z = np.random.default_rng(0).uniform([[0.1], [-0.9]], [[0.9], [0.9]], (2, 50))
+    h = 1e-4
+    u_t, u_z = (u(t + h, z) - u(t - h, z)) / (2 * h), (u(t, z + h) - u(t, z - h)) / (2 * h)
+    u_zz = (u(t, z + h) - 2 * u(t, z) + u(t, z - h)) / h**2
+    # The error of the differences is h^2 times higher derivatives, of up to (1 / (2 nu))^3 inside the shock.
+    scale = 1 + np.abs(u_z) ** 3
+    np.testing.assert_array_less(np.abs(u_t + u(t, z) * u_z - nu * u_zz), 1e-4 * scale)
+
+
+@pytest.mark.parametrize(("dims", "sides"), [(2, 3), (5, 10)])
+def test_points_on_the_boundary(dims, sides):
+    along, side = RNG.uniform(0.1, 0.9, (200, dims - 1)), RNG.integers(sides, size=200)
+    points = np.asarray(workloads.on_sides(jnp.asarray(along), jnp.asarray(side)))
+    for point, rest, number in zip(points, np.float32(along), side, strict=True):
+        axis = dims - 1 - number // 2
+        assert point[axis] == number % 2
+        np.testing.assert_array_equal(np.delete(point, axis), rest)
 
 
 def test_batch_norm_averages_are_kept_and_used(small_data):
@@ -316,6 +362,16 @@ def test_the_race_is_to_a_loss_that_is_kept(losses, share):
     tables = report.comparison({"line": {"adaptive_tnt": result(losses, 1), "adamw": result([6, 1], 8)}})
     assert f"| line | {share}" in tables["race"]
     assert f"| line, train loss | {losses[-1]:.3g} (5) | 1 (5) |  |" in tables["comparison"]
+
+
+def test_errors_after_equal_seconds():
+    def result(errors, seconds):
+        epochs = [{"train_loss": x, "l2_error": x, "seconds": seconds * i} for i, x in enumerate(errors)]
+        return {"runs": [{"epochs": epochs, "warm_start_seconds": 0.0}], "tuning": []}
+
+    runs = {"adaptive_tnt": result([1, 0.5, 0.1], 1), "lbfgs": result([3, 2], 1.5)}
+    table = report.comparison({"heat": runs})["equal_seconds"]
+    assert table.splitlines()[2:] == ["| heat |  |  |  |  | 4 |  |"]  # After 1.5 s, ours has 0.5.
 
 
 def test_what_counts_as_diverged():

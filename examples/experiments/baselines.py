@@ -1,9 +1,10 @@
-"""Plain implementations of Shampoo, KFAC and SOAP: baselines for TNT.
+"""Plain implementations of Shampoo, KFAC, SOAP and energy natural gradient descent: baselines for TNT.
 
 Shampoo (Gupta, Koren & Singer, 2018) and KFAC (Martens & Grosse, 2015; for dense layers) have the momentum, averages
 and periods of `tnt_optax.tnt`: the first averages are plain means, and during the first `inverse_period` steps the
 inverses are updated after each statistics update. SOAP (Vyas et al., 2024) is Adam in the eigenbases of the statistics
-of Shampoo.
+of Shampoo. Energy natural gradient descent (Müller & Zeinhofer, 2023) is the method of Gauss and Newton with the dense
+matrix and a line search: the reference of accuracy for small networks and few points.
 """
 
 import functools
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve
 
 import tnt_optax
@@ -55,6 +57,41 @@ def kfac(
     return _by_kronecker(
         learning_rate, averages, damping**0.5, lambda c, _: solve(c, jnp.eye(len(c)), assume_a="pos"), _is_layer
     )
+
+
+def engd(halvings: int = 30) -> optax.GradientTransformationExtraArgs:
+    """W <- W - 2^-h J^T (J J^T + eps I)^-1 r, with the h in 0, ..., `halvings` of the lowest loss.
+
+    `update` takes `residuals_fn`, a function of the parameters whose leaves (m,) are residuals, and `value_fn`. The
+    loss is the sum over the leaves of half their mean square. r are the residuals divided by sqrt(m), and J is
+    their Jacobian. eps is the rounding error of J J^T. By Woodbury's identity, the direction is that of (J^T J + eps
+    I)^-1 J^T r, from a matrix whose size is the number of residuals.
+    """
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        residuals_fn: Any = None,
+        value_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del updates, extra_args
+        flat, as_tree = ravel_pytree(params)
+
+        def scaled(flat: jax.Array) -> jax.Array:
+            return jnp.concatenate([r / len(r) ** 0.5 for r in jax.tree.leaves(residuals_fn(as_tree(flat)))])
+
+        r, jacobian = scaled(flat), jax.jacrev(scaled)(flat)
+        kernel = _matmul(jacobian, jacobian.T)
+        eps = len(r) * jnp.finfo(r.dtype).eps * jnp.max(jnp.diagonal(kernel))
+        direction = jacobian.T @ solve(kernel + eps * jnp.eye(len(r), dtype=r.dtype), r, assume_a="pos")
+        factors = 0.5 ** jnp.arange(halvings + 1, dtype=r.dtype)
+        losses = lax.map(lambda factor: value_fn(as_tree(flat - factor * direction)), factors)
+        return as_tree(-factors[jnp.argmin(jnp.nan_to_num(losses, nan=jnp.inf))] * direction), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def value_and_layer_factors(forward: Callable[..., Any], predictive: tnt_optax.PredictiveDistribution) -> Any:

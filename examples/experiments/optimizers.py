@@ -36,7 +36,8 @@ class Optimizer(NamedTuple):
       value_and_grads: (problem, targets) -> a function of loss, gradients and statistics, like `sampled`.
       warm_start: a function like `tnt_optax.warm_start`, for one pass over the data; None: no warm start.
       adaptive: whether the learning rate is a factor of the step, which is 1, or falls to 0 in the last half.
-      full_batch: whether it is for deterministic losses only. It then gets `value`, `grad` and `value_fn`.
+      full_batch: for deterministic losses only, the names of the extra arguments that it takes: `value`, `grad`,
+        `value_fn`, and `residuals_fn`, a function of the parameters that returns outputs minus targets.
     """
 
     make: Make
@@ -45,7 +46,7 @@ class Optimizer(NamedTuple):
     value_and_grads: Callable[[Problem, Any], ValueAndGrads] = sampled
     warm_start: Callable[..., Any] | None = None
     adaptive: bool = False
-    full_batch: bool = False
+    full_batch: Sequence[str] = ()
 
 
 OPTIMIZERS: dict[str, Optimizer] = {}
@@ -88,7 +89,9 @@ optimizer(LOW, "adam")(lambda rate, _: optax.adam(rate))
 optimizer(MIDDLE, "adamw")(lambda rate, _: optax.adamw(rate, b2=0.95, weight_decay=1e-4))
 optimizer(HIGHER, "sgdm")(lambda rate, _: optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9)))
 optimizer(MIDDLE, "soap")(lambda rate, _: baselines.soap(rate))
-optimizer((), "lbfgs", full_batch=True)(lambda _, problem: optax.lbfgs())  # Its line search needs no learning rate.
+# Their line searches need no learning rate.
+optimizer((), "lbfgs", full_batch=("value", "grad", "value_fn"))(lambda _, problem: optax.lbfgs())
+optimizer((), "engd", full_batch=("value_fn", "residuals_fn"))(lambda _, problem: baselines.engd())
 
 
 @optimizer(HIGH)

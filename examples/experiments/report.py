@@ -135,12 +135,14 @@ def final(result: Mapping[str, Any], key: str) -> float:
 
 
 def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Two tables, with a row for each workload.
+    """Three tables, with a row for each workload.
 
     `comparison` has the medians at the end of the trainings, with the number of tuning runs in brackets. `race` has the
     seconds that `adaptive_tnt` needs to reach and keep the final value of a peer, divided by the seconds of the peer.
+    `equal_seconds` has, for the errors of solutions of equations, the final value of a peer divided by that of
+    `adaptive_tnt` after the same seconds.
     """
-    last, shares = [], []
+    last, shares, ratios = [], [], []
     for workload, of_workload in of_workloads.items():
         key = decisive(workload)
 
@@ -156,13 +158,23 @@ def comparison(of_workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             seconds /= median([run["epochs"][-1]["seconds"] for run in of_workload[peer]["runs"]])
             return "not reached" if seconds == math.inf else f"{seconds:.2f}"
 
+        def ratio(peer: str, of_workload: Any = of_workload, key: str = key) -> str:
+            if not (peer in of_workload and OURS in of_workload):
+                return ""
+            seconds = median([run["epochs"][-1]["seconds"] for run in of_workload[peer]["runs"]])
+            ours = median([value_after(seconds, key, run) for run in of_workload[OURS]["runs"]])
+            return f"{final(of_workload[peer], key) / ours:.3g}"
+
         title = workload.replace("_", " ")
+        if key == "l2_error":
+            ratios.append([title, *map(ratio, PEERS)])
         last.append([f"{title}, {key.replace('_', ' ')}", *map(end, (OURS, *PEERS))])
         shares.append([title, *map(share, PEERS)])
     peers = [peer.replace("_", " ") for peer in PEERS]
     return {
         "comparison": markdown_table(["workload", OURS.replace("_", " "), *peers], last),
         "race": markdown_table(["workload", *peers], shares),
+        "equal_seconds": markdown_table(["workload", *peers], ratios),
     }
 
 
@@ -203,6 +215,12 @@ def seconds_to(goal: float, key: str, run: Mapping[str, Any]) -> float:
             break
         seconds = run["warm_start_seconds"] + epoch["seconds"]
     return seconds
+
+
+def value_after(seconds: float, key: str, run: Mapping[str, Any]) -> float:
+    """The last measurement until then; NaN if it is not finite."""
+    values = [epoch[key] for epoch in run["epochs"] if run["warm_start_seconds"] + epoch["seconds"] <= seconds]
+    return math.nan if not values or values[-1] is None else values[-1]
 
 
 def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], log: bool) -> None:

@@ -87,19 +87,24 @@ class Trainer:
             augment, labels = jax.random.split(key)
             inputs, targets = data if indices is None else jax.tree.map(lambda x: x[indices], data)
             value_and_grads = optimizer.value_and_grads(problem, targets)
-            return value_and_grads(params, (problem.augment(augment, inputs), state), targets, labels)
+            inputs = problem.augment(augment, inputs) if problem.augment else inputs
+            return value_and_grads(params, (inputs, state), targets, labels)
 
         @functools.partial(jax.jit, static_argnames="tx", donate_argnames="carry")
         def step(carry: Any, data: Any, key: jax.Array, count: Any, indices: Any, *, tx: Any) -> Any:
             params, state, opt_state = carry
             key = jax.random.fold_in(key, count)
             (loss, new_state), grads, statistics = grads_of(params, state, data, key, indices)
-            extra: dict[str, Any] = {"sampled_grads": statistics}  # Computed only if the optimizer uses it.
-            if optimizer.full_batch:
-                predictive = problem.predictive(data[1])
-                extra = {"value": loss, "grad": grads}
-                extra["value_fn"] = lambda p: predictive.loss(problem.forward(p, data[0], state)[0], data[1])
-            updates, opt_state = tx.update(grads, opt_state, params, **extra)
+            predictive, outputs_fn = problem.predictive(data[1]), lambda p: problem.forward(p, data[0], state)[0]
+            extra = {
+                "sampled_grads": statistics,  # Computed only if the optimizer uses it.
+                "value": loss,
+                "grad": grads,
+                "value_fn": lambda p: predictive.loss(outputs_fn(p), data[1]),
+                "residuals_fn": lambda p: jax.tree.map(jnp.subtract, outputs_fn(p), data[1]),
+            }
+            used = {name: extra[name] for name in optimizer.full_batch or ("sampled_grads",)}
+            updates, opt_state = tx.update(grads, opt_state, params, **used)
             return (optax.apply_updates(params, updates), new_state, opt_state), loss
 
         self.step: Any = step
@@ -297,8 +302,8 @@ def run(
 
     problems = functools.cache(lambda seed: what.make(seed, **options))
     trainer = functools.cache(lambda: Trainer(problems(0), how, budget.falling, what.epoch_steps))
-    if how.full_batch and problems(0).batch_size is not None:
-        raise UsageError(f"{optimizer} is for deterministic losses, and {workload} draws batches.")
+    if how.full_batch and (problems(0).batch_size is not None or problems(0).augment):
+        raise UsageError(f"{optimizer} is for deterministic losses, and the steps of {workload} have different data.")
 
     def trained(kind: str, rate: float, seed: int, epochs: int) -> dict[str, Any]:
         """A training that is in the file, or a new one. `kind` is "tuning" or "runs"."""

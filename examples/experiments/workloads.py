@@ -36,7 +36,7 @@ class Problem(NamedTuple):
       state: the initial state, such as the averages of BatchNorm, which each step replaces by the new state.
       predict: (params, inputs, state) -> outputs, for the evaluation; None: `forward`.
       metrics: name -> (parameters, outputs, targets) -> scalar, for the test data.
-      augment: (key, inputs) -> inputs, for the batches.
+      augment: (key, inputs) -> inputs, for each step; None: the inputs themselves.
       views: the argument `views` of `tnt_optax.tnt`.
     """
 
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
     state: Any = None
     predict: Callable[..., Any] | None = None
     metrics: Mapping[str, Callable[[Any, Any, Any], jax.Array]] = types.MappingProxyType({})
-    augment: Callable[[jax.Array, Any], Any] = lambda key, inputs: inputs
+    augment: Callable[[jax.Array, Any], Any] | None = None
     views: Any = None
 
 
@@ -269,52 +269,151 @@ def derivative(u: Callable[[jax.Array], jax.Array], axis: int) -> Callable[[jax.
     return lambda x: jax.jvp(u, (x,), (jnp.zeros_like(x).at[:, axis].set(1),))[1]
 
 
-def equation(residual: Callable[..., jax.Array], solution: Callable[[Any], Any], sides: int, seed: int) -> Problem:
-    """A network u(x), for x in [0, 1]^2, that solves an equation on 900 random points and 120 points of the boundary.
+def on_sides(along: jax.Array, side: jax.Array) -> jax.Array:
+    """Points (n, d) on the sides x_d = 0, x_d = 1, x_(d-1) = 0, ... of the unit cube, from their other coordinates."""
+    d, axis = along.shape[1] + 1, along.shape[1] - side // 2
+    others = [jnp.where(axis > i, along[:, min(i, d - 2)], along[:, max(i - 1, 0)]) for i in range(d)]
+    return jnp.stack([jnp.where(axis == i, side % 2, x) for i, x in enumerate(others)], axis=1)
 
-    The loss is half the mean square of the residual, plus half the mean square of u minus the solution on the boundary:
-    the first `sides` of x_1 = 0, x_1 = 1, x_0 = 0, x_0 = 1. `l2_error` is the relative error of u on other points.
+
+def equation(
+    residual: Callable[..., jax.Array],
+    boundary: Callable[[jax.Array], jax.Array],
+    solution: Callable[[Any], Any],
+    seed: int,
+    *,
+    dims: int = 2,
+    sides: int = 4,
+    widths: Sequence[int] = (64, 64, 48, 48),
+    points: tuple[int, int] = (900, 120),
+    resampled: int = 0,
+    dtype: str = "float32",
+) -> Problem:
+    """A network u(x), for x in [0, 1]^dims, that solves an equation.
+
+    The loss is half the mean square of the residual on points in the interior, plus half the mean square of u minus its
+    values on points of the boundary. `l2_error` is the relative error of u on 9,000 other points.
+
+    Args:
+      residual: (u, points in the interior (n, dims)) -> (n,).
+      boundary: points on the boundary (n, dims) -> the values of u (n,).
+      solution: points (n, dims), an array of NumPy -> u (n,).
+      seed: of the parameters and of the points.
+      dims: number of coordinates.
+      sides: the number of sides with values: the first of those that `on_sides` lists.
+      widths: those of the hidden layers.
+      points: the numbers of points in the interior and on the boundary.
+      resampled: 1: each step has new points. 0: the points are fixed, and the loss is deterministic.
+      dtype: float32, or float64 with the environment variable JAX_ENABLE_X64=1.
     """
-    rng = np.random.default_rng(1000 + seed)
-    along, side = rng.uniform(size=120), rng.integers(sides, size=120)
-    edge = np.stack([np.where(side < 2, along, side - 2), np.where(side < 2, side, along)], axis=1)
-    points = {"interior": jnp.float32(rng.uniform(size=(900, 2))), "edge": jnp.float32(edge)}
-    targets = {"interior": jnp.zeros(900), "edge": jnp.float32(solution(edge))}
-    others = jnp.float32(rng.uniform(size=(9000, 2)))
-    truth = jnp.float32(solution(np.asarray(others)))
+    cast: Any = functools.partial(jnp.asarray, dtype=dtype)
+    rng, (inside, edge) = np.random.default_rng(1000 + seed), points
+    along, side = cast(rng.uniform(size=(edge, dims - 1))), jnp.asarray(rng.integers(sides, size=edge))
+    inputs = {"interior": cast(rng.uniform(size=(inside, dims))), "edge": on_sides(along, side)}
+    targets = {"interior": jnp.zeros(inside, dtype), "edge": jnp.zeros(edge, dtype)}
+    others = cast(rng.uniform(size=(9000, dims)))
+    truth = cast(solution(np.asarray(others)))
 
     def u(params: Layers) -> Callable[[jax.Array], jax.Array]:
         return lambda x: dense(jnp.tanh, params, x)[:, 0]
 
     def forward(params: Layers, x: Any) -> Any:
-        return {"interior": residual(u(params), x["interior"]), "edge": u(params)(x["edge"])}
+        return {"interior": residual(u(params), x["interior"]), "edge": u(params)(x["edge"]) - boundary(x["edge"])}
+
+    def resample(key: jax.Array, _: Any) -> Any:
+        keys = jax.random.split(key, 3)
+        along = jax.random.uniform(keys[1], (edge, dims - 1), dtype)
+        edges = on_sides(along, jax.random.randint(keys[2], (edge,), 0, sides))
+        return {"interior": jax.random.uniform(keys[0], (inside, dims), dtype), "edge": edges}
 
     def l2_error(params: Layers, *_: Any) -> jax.Array:
         return jnp.linalg.norm(u(params)(others) - truth) / jnp.linalg.norm(truth)
 
-    layers, predictive = dense_layers((2, 64, 64, 48, 48, 1), seed), Joint({"interior": Normal(), "edge": Normal()})
-    batch = points, targets
-    return Problem(layers, stateless(forward), lambda _: predictive, batch, batch, None, metrics={"l2_error": l2_error})
+    return Problem(
+        jax.tree.map(cast, dense_layers((dims, *widths, 1), seed)),
+        stateless(forward),
+        lambda _: Joint({"interior": Normal(), "edge": Normal()}),
+        (inputs, targets),
+        (inputs, targets),
+        None,
+        metrics={"l2_error": l2_error},
+        augment=resample if resampled else None,
+    )
+
+
+def laplacian(u: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.stack([derivative(derivative(u, i), i)(x) for i in range(x.shape[1])]), axis=0)
 
 
 PDE: dict[str, Any] = {"epochs": 20, "tuning_epochs": 10, "epoch_steps": 100, "log": True, "decisive": "l2_error"}
 
 
 @workload("-Laplace u = f on the unit square, u = sin(pi x) sin(pi y)", **PDE)
-def poisson(seed: int) -> Problem:
-    def residual(u: Any, x: jax.Array) -> jax.Array:
-        source = 2 * jnp.pi**2 * jnp.sin(jnp.pi * x[:, 0]) * jnp.sin(jnp.pi * x[:, 1])
-        return -sum(derivative(derivative(u, i), i)(x) for i in (0, 1)) - source
+def poisson(seed: int, resampled: int = 0, dtype: str = "float32") -> Problem:
+    def solution(x: Any) -> Any:
+        return jnp.prod(jnp.sin(jnp.pi * x), axis=1)
 
-    return equation(residual, lambda x: np.sin(np.pi * x[:, 0]) * np.sin(np.pi * x[:, 1]), 4, seed)
+    def residual(u: Any, x: jax.Array) -> jax.Array:
+        return -laplacian(u, x) - 2 * jnp.pi**2 * solution(x)
+
+    return equation(residual, solution, solution, seed, resampled=resampled, dtype=dtype)
+
+
+def poisson_in_5_dimensions(widths: Sequence[int], seed: int, **options: Any) -> Problem:
+    def solution(x: Any) -> Any:
+        return jnp.sum(jnp.cos(jnp.pi * x), axis=1)
+
+    def residual(u: Any, x: jax.Array) -> jax.Array:
+        return -laplacian(u, x) - jnp.pi**2 * solution(x)
+
+    return equation(residual, solution, solution, seed, dims=5, sides=10, points=(3000, 500), widths=widths, **options)
+
+
+@workload("-Laplace u = f in 5 dimensions, u = sum of cos(pi x_i), with 10,065 parameters", **PDE)
+def poisson5(seed: int, resampled: int = 0, dtype: str = "float32") -> Problem:
+    return poisson_in_5_dimensions((64, 64, 48, 48), seed, resampled=resampled, dtype=dtype)
+
+
+@workload("the same with 116,865 parameters, and new points at each step", **PDE)
+def poisson5_wide(seed: int, resampled: int = 1, dtype: str = "float32") -> Problem:
+    return poisson_in_5_dimensions((256, 256, 128, 128), seed, resampled=resampled, dtype=dtype)
 
 
 @workload("heat equation u_t = u_xx / 20, u = exp(-pi^2 t / 20) sin(pi x), for t, x in [0, 1]", **PDE)
-def heat(seed: int) -> Problem:
+def heat(seed: int, resampled: int = 0, dtype: str = "float32") -> Problem:
+    def solution(x: Any) -> Any:
+        return jnp.exp(-(jnp.pi**2) * x[:, 0] / 20) * jnp.sin(jnp.pi * x[:, 1])
+
     def residual(u: Any, x: jax.Array) -> jax.Array:
         return derivative(u, 0)(x) - derivative(derivative(u, 1), 1)(x) / 20
 
-    return equation(residual, lambda x: np.exp(-(np.pi**2) * x[:, 0] / 20) * np.sin(np.pi * x[:, 1]), 3, seed)
+    return equation(residual, solution, solution, seed, sides=3, resampled=resampled, dtype=dtype)
+
+
+VISCOSITY = 0.1 / np.pi
+
+
+def burgers_solution(x: np.ndarray) -> np.ndarray:
+    """u at t = x_1 and z = 2 x_2 - 1: the transformation of Cole and Hopf, by Gauss and Hermite's quadrature."""
+    nodes, weights = np.polynomial.hermite.hermgauss(200)
+    t, z = np.asarray(x, np.float64).T
+    y = 2 * z[:, None] - 1 - np.sqrt(4 * VISCOSITY * t)[:, None] * nodes
+    kernel = weights * np.exp(-(np.cos(np.pi * y) + 1) / (2 * np.pi * VISCOSITY))
+    return -np.sum(kernel * np.sin(np.pi * y), axis=1) / np.sum(kernel, axis=1)
+
+
+@workload(
+    "Burgers' equation u_t + u u_z = nu u_zz, nu = 0.1 / pi, u(0, z) = -sin(pi z), for t in [0, 1], |z| < 1", **PDE
+)
+def burgers(seed: int, resampled: int = 0, dtype: str = "float32") -> Problem:
+    def residual(u: Any, x: jax.Array) -> jax.Array:
+        u_x = derivative(u, 1)  # x is (z + 1) / 2.
+        return derivative(u, 0)(x) + u(x) * u_x(x) / 2 - VISCOSITY * derivative(u_x, 1)(x) / 4
+
+    def boundary(x: jax.Array) -> jax.Array:
+        return jnp.where(x[:, 0] == 0, jnp.sin(2 * jnp.pi * x[:, 1]), 0)  # -sin(pi (2 x - 1)); 0 for x = 0 and 1.
+
+    return equation(residual, boundary, burgers_solution, seed, sides=3, resampled=resampled, dtype=dtype)
 
 
 @workload("colours of a photograph from Fourier features of the pixels", epochs=40, tuning_epochs=10, log=True)
