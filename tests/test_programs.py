@@ -23,7 +23,7 @@ import pytest
 import tnt_optax
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PROGRAMS = [*sorted(EXAMPLES.glob("step_*.py")), EXAMPLES / "checkpoint.py", EXAMPLES / "distributed.py"]
+PROGRAMS = sorted(EXAMPLES.glob("*.py"))
 EXTRA = "the programs need the extra `examples`"
 ocp, *_ = (pytest.importorskip(name, reason=EXTRA) for name in ("orbax.checkpoint", "sklearn", "typer"))
 
@@ -95,6 +95,7 @@ def newest(directory, *, partial=False):
         pytest.param("linen", "flax", marks=pytest.mark.slow),
         ("nnx", "flax"),
         pytest.param("equinox", "equinox", marks=pytest.mark.slow),
+        pytest.param("haiku", "haiku", marks=pytest.mark.slow),
     ],
 )
 def test_steps_learn(name, package):
