@@ -18,7 +18,8 @@ import pytest
 
 def pytest_configure(config):
     """Compilation without XLA's fusion emitters takes two thirds of the time; `make test-all` has what users have."""
-    if config.option.markexpr == "not slow":
+    # Only where the flag is known: the XLA of JAX 0.12 does not have it, and ends the process.
+    if config.option.markexpr == "not slow" and jax.__version_info__ < (0, 11):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
