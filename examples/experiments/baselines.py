@@ -80,10 +80,11 @@ def engd(halvings: int = 30) -> optax.GradientTransformationExtraArgs:
         del updates, extra_args
         flat, as_tree = ravel_pytree(params)
 
-        def scaled(flat: jax.Array) -> jax.Array:
-            return jnp.concatenate([r / len(r) ** 0.5 for r in jax.tree.leaves(residuals_fn(as_tree(flat)))])
+        def scaled(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
+            r = jnp.concatenate([r / len(r) ** 0.5 for r in jax.tree.leaves(residuals_fn(as_tree(flat)))])
+            return r, r
 
-        r, jacobian = scaled(flat), jax.jacrev(scaled)(flat)
+        jacobian, r = jax.jacrev(scaled, has_aux=True)(flat)
         kernel = _matmul(jacobian, jacobian.T)
         eps = len(r) * jnp.finfo(r.dtype).eps * jnp.max(jnp.diagonal(kernel))
         direction = jacobian.T @ solve(kernel + eps * jnp.eye(len(r), dtype=r.dtype), r, assume_a="pos")

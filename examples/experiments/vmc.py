@@ -24,7 +24,7 @@ from variational_monte_carlo import log_psi, natural_gradient, step_of, trainer
 from experiments import report
 
 EXACT, TUNING_SEED = 3.0, 100
-METHODS = {"TNT": (1.0,), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "dense": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
+METHODS = {"TNT": (1.0,), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "dense": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
 
 
 def method(name: str, learning_rate: float) -> tuple[Any, Any]:
