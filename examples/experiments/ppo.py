@@ -5,8 +5,6 @@ rate and its number of steps are the best of a grid, by the mean return over the
 agents learn fast, of seeds that the comparison does not use.
 """
 
-import itertools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +15,8 @@ import numpy as np
 import optax
 import typer
 from policy_gradient import AGENTS, ENVIRONMENTS, Environment, natural_gradient, trainer
-from rich.progress import track
 
-from experiments import report
+from experiments import report, runner
 
 GOALS = {"cartpole": 475.0, "pendulum": -200.0}  # Gymnasium's own threshold; none is usual for the pendulum.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -38,23 +35,24 @@ def trainings(
     train, runs = trainer(environment, tx, **settings), []
     next(train(0))
     for seed in seeds:
-        returns, seconds, start = [], [], time.perf_counter()
-        for value in itertools.islice(train(seed), iterations):
-            returns.append(value)
-            seconds.append(time.perf_counter() - start)
+        returns, seconds = runner.timed(train(seed), iterations)
         runs.append({"seed": seed, "returns": returns, "seconds": seconds})
     return runs
 
 
-def tuned(environment: Environment, iterations: int, about: str) -> dict[str, Any]:
+def tuned(environment: Environment, iterations: int, name: str) -> dict[str, Any]:
     """Adam's settings: the best ones, and the mean return over the whole training of all."""
-    grid = list(itertools.product(RATES, PASSES))
-    scores = []
-    for rate, (epochs, minibatches) in track(grid, about):
-        settings = {"epochs": epochs, "minibatches": minibatches}
-        runs = trainings(environment, adam(rate), TUNING_SEEDS, iterations, **settings)
-        score = float(np.nanmean([run["returns"] for run in runs]))  # NaN before the first episode ends.
-        scores.append({"learning_rate": rate, **settings, "score": score})
+    scores: list[dict[str, Any]] = []
+
+    def loss_of(rate: float) -> float:
+        for epochs, minibatches in PASSES:
+            settings = {"epochs": epochs, "minibatches": minibatches}
+            runs = trainings(environment, adam(rate), TUNING_SEEDS, iterations, **settings)
+            score = float(np.nanmean([run["returns"] for run in runs]))  # NaN before the first episode ends.
+            scores.append({"learning_rate": rate, **settings, "score": score})
+        return -max(score["score"] for score in scores[-len(PASSES) :])
+
+    runner.tune(loss_of, RATES, f"{name}, Adam")
     return {"best": max(scores, key=lambda s: s["score"]), "tuning": scores}
 
 
@@ -111,7 +109,7 @@ def main(
     """Trains the agents of `policy_gradient.py` with TNT and with Adam, and writes returns, a table and a picture."""
     steps, environments = 200 * AGENTS, {}  # Of an iteration.
     for name, environment in ENVIRONMENTS.items():
-        found = tuned(environment, iterations, f"{name}, tuning Adam")
+        found = tuned(environment, iterations, name)
         best = dict(found["best"])
         best.pop("score")
         tnt = {"runs": trainings(environment, natural_gradient(), range(seeds), iterations)}

@@ -7,6 +7,7 @@ folder as its file. It is written after each epoch.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import time
@@ -223,6 +224,15 @@ class Trainer:
                 run["diverged_at"] = int(np.argmin(finite))
             record(spent)
         return run
+
+
+def timed(values: Iterator[Any], count: int) -> tuple[list[Any], list[float]]:
+    """The first values of a training, and the seconds after which there was each."""
+    found, seconds, start = [], [], time.perf_counter()
+    for value in itertools.islice(values, count):
+        found.append(jax.block_until_ready(value))
+        seconds.append(time.perf_counter() - start)
+    return found, seconds
 
 
 def final_loss(run: dict[str, Any]) -> float:

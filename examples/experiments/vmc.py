@@ -5,8 +5,6 @@ same network and walkers. TNT has the settings of the program. The learning rate
 energy over the last quarter of a training with a seed that the comparison does not use.
 """
 
-import itertools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +16,9 @@ import numpy as np
 import optax
 import typer
 from jax.flatten_util import ravel_pytree
-from rich.progress import track
 from variational_monte_carlo import log_psi, natural_gradient, step_of, trainer
 
-from experiments import report
+from experiments import report, runner
 
 EXACT, TUNING_SEED = 3.0, 100
 METHODS = {"TNT": (1.0,), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "dense": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
@@ -56,11 +53,8 @@ def trainings(name: str, learning_rate: float, seeds: Sequence[int], steps: int)
     train, runs = trainer(*method(name, learning_rate)), []
     next(train(0))
     for seed in seeds:
-        energies, errors, seconds, start = [], [], [], time.perf_counter()
-        for energy, error in itertools.islice(train(seed), steps):
-            energies.append(float(energy))
-            errors.append(float(error))
-            seconds.append(time.perf_counter() - start)
+        values, seconds = runner.timed(train(seed), steps)
+        energies, errors = np.array(values, float).T.tolist()
         runs.append({"seed": seed, "energies": energies, "errors": errors, "seconds": seconds})
     return runs
 
@@ -79,11 +73,13 @@ def main(
     """Trains the wave function with all methods, and writes the energies, a table and a picture."""
     results, rows = {}, []
     for name, grid in METHODS.items():
-        scores = {}
-        if len(grid) > 1:
-            for rate in track(grid, f"tuning {name}"):
-                scores[rate] = last(trainings(name, rate, [TUNING_SEED], steps)[0], "energies")
-        rate = min(scores, key=lambda rate: scores[rate]) if scores else grid[0]
+        scores: dict[float, float] = {}
+
+        def energy(rate: float, name: str = name, scores: dict[float, float] = scores) -> float:
+            scores[rate] = last(trainings(name, rate, [TUNING_SEED], steps)[0], "energies")
+            return scores[rate]
+
+        rate = runner.tune(energy, grid, name) if len(grid) > 1 else grid[0]
         runs = trainings(name, rate, range(seeds), steps)
         results[name] = {"learning_rate": rate, "tuning": scores, "runs": runs}
         above = np.array([last(run, "energies") - EXACT for run in runs])

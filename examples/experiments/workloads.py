@@ -201,6 +201,18 @@ def cifar10(
     return classifier(some, lambda rngs: ResNet(blocks, channels, rngs=rngs), True, seed)
 
 
+@workload(
+    "ResNet-20 with BatchNorm on all images of CIFAR-10",
+    epochs=6,
+    tuning_epochs=1,
+    falling=True,
+    measured=10_000,
+    decisive="test_error",
+)
+def cifar10_resnet20(seed: int, data_dir: Path | None = None) -> Problem:
+    return cifar10(seed, data_dir, blocks=3, examples=50_000)
+
+
 # A byte-level language model.
 
 
