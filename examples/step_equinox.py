@@ -15,7 +15,7 @@ tx = tnt_optax.adaptive_tnt()
 
 @eqx.filter_jit
 def train_step(model, opt_state, images, labels, key):
-    params, static = eqx.partition(model, eqx.is_array)  # The activation function is static, and None in `params`.
+    params, static = eqx.partition(model, eqx.is_inexact_array)  # Other leaves are static, and None in `params`.
 
     def forward(params, images):
         return jax.vmap(eqx.combine(params, static))(images)
@@ -27,7 +27,7 @@ def train_step(model, opt_state, images, labels, key):
 
 
 model = eqx.nn.MLP(in_size=64, out_size=10, width_size=32, depth=1, key=jax.random.key(0))
-opt_state = tx.init(eqx.filter(model, eqx.is_array))
+opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 rng = np.random.default_rng(0)
 for step in range(1, 31):
     batch = rng.choice(len(images), 256, replace=False)

@@ -195,8 +195,9 @@ def value_and_sampled_grad(
     Args:
       forward: ``forward(params, inputs) -> outputs``, or ``(outputs, aux)`` with ``has_aux``. ``inputs`` is any pytree.
         A dropout key or the running averages of a BatchNorm can be part of it, or of the closure of ``forward``.
-      predictive: :class:`Categorical`, :class:`Bernoulli`, :class:`Normal`, a :class:`Joint` of several, or an object
-        of your own with the methods ``loss`` and ``sample`` (see :class:`PredictiveDistribution`).
+      predictive: :class:`Categorical`, :class:`Bernoulli`, :class:`Normal`, :class:`DiagonalNormal`, a :class:`Joint`
+        of several, or an object of your own with the methods ``loss`` and ``sample`` (see
+        :class:`PredictiveDistribution`).
       loss: None, or a training loss ``(outputs, targets) -> scalar`` that is not the negative log-likelihood, such as
         label smoothing, PPO or a focal loss. It is a mean over the batch, like ``predictive.loss``. The returned loss
         and gradient are those of this function. Sampled targets and statistics are still those of ``predictive``, which
