@@ -40,8 +40,8 @@ def trainings(
     return runs
 
 
-def tuned(environment: Environment, iterations: int, name: str) -> dict[str, Any]:
-    """Adam's settings: the best ones, and the mean return over the whole training of all."""
+def tuned(environment: Environment, iterations: int, name: str) -> list[dict[str, Any]]:
+    """Adam's settings that were tried, each with its mean return over the whole training."""
     scores: list[dict[str, Any]] = []
 
     def loss_of(rate: float) -> float:
@@ -53,7 +53,7 @@ def tuned(environment: Environment, iterations: int, name: str) -> dict[str, Any
         return -max(score["score"] for score in scores[-len(PASSES) :])
 
     runner.tune(loss_of, RATES, f"{name}, Adam")
-    return {"best": max(scores, key=lambda s: s["score"]), "tuning": scores}
+    return scores
 
 
 def row(name: str, method: str, result: dict[str, Any], steps: int) -> list[str]:
@@ -109,12 +109,12 @@ def main(
     """Trains the agents of `policy_gradient.py` with TNT and with Adam, and writes returns, a table and a picture."""
     steps, environments = 200 * AGENTS, {}  # Of an iteration.
     for name, environment in ENVIRONMENTS.items():
-        found = tuned(environment, iterations, name)
-        best = dict(found["best"])
+        tuning = tuned(environment, iterations, name)
+        best = dict(max(tuning, key=lambda settings: settings["score"]))
         best.pop("score")
         tnt = {"runs": trainings(environment, natural_gradient(), range(seeds), iterations)}
         peer = trainings(environment, adam(best.pop("learning_rate")), range(seeds), iterations, **best)
-        environments[name] = {"TNT": tnt, "Adam": {**found, "runs": peer}}
+        environments[name] = {"TNT": tnt, "Adam": {"tuning": tuning, "runs": peer}}
         jax.clear_caches()
     columns = ["environment, optimizer", "tuning runs", "return at the end", "steps to the goal", "s to the goal", "s"]
     rows = [row(name, method, of, steps) for name, ms in environments.items() for method, of in ms.items()]
