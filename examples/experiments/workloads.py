@@ -254,6 +254,19 @@ def transformer(
     )
 
 
+@workload(
+    "byte-level transformer of 4.8 million parameters: six layers of width 256; nats per byte",
+    epochs=20,
+    tuning_epochs=2,
+    epoch_steps=250,
+    falling=True,
+    measured=256,
+    decisive="test_loss",
+)
+def transformer_wide(seed: int, dtype: str = "float32") -> Problem:
+    return transformer(seed, width=256, layers=6, heads=8, length=64, dtype=dtype)
+
+
 # Small dense networks of coordinates: partial differential equations, an image, a table.
 
 Layers = list[dict[str, jax.Array]]
