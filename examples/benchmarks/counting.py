@@ -14,7 +14,9 @@ import optax
 import typer
 from experiments import report
 from experiments.baselines import shampoo, soap
+from experiments.optimizers import OPTIMIZERS
 from experiments.report import machine, markdown_table, write_json
+from experiments.workloads import WORKLOADS
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from rich.progress import track
 
@@ -184,7 +186,10 @@ def memory(
     max_dims: Annotated[list[int], typer.Option(help="`max_dim` of TNT; repeatable")] = MAX_DIMS,
     out: Annotated[Path, typer.Option(help="file of the results")] = Path("results/memory.json"),
 ) -> None:
-    """Counts the bytes of state for GPT-2 (124M parameters), of TNT with several `max_dim` and of other optimizers."""
+    """Counts the bytes of state, of TNT with several `max_dim` and of other optimizers.
+
+    The models are GPT-2 (124M parameters) and the workload `transformer_wide`.
+    """
     optimizers: dict[str, Any] = {"AdamW": optax.adamw(1e-3), "Muon": optax.contrib.muon(1e-3)}
     optimizers |= {"SOAP": soap(1e-3), "Shampoo": shampoo(1e-3)}
     for label, view in {"": None, ", vectors diagonal": TensorView(((0,),), diagonal_modes=(0,))}.items():
@@ -202,4 +207,12 @@ def memory(
         axis.barh([row["optimizer"] for row in shown], sums, label=kinds[-1])
     axis.legend()
     axis.set(title="GPT-2, 124M parameters", xlabel="bytes of state for each parameter")
-    save(out, {"parameters": parameters, "state": rows, "tables": {"memory": show("memory", rows)}}, figure)
+    problem, of_workload = WORKLOADS["transformer_wide"].make(0), []
+    parameters_of_workload = sum(x.size for x in jax.tree.leaves(problem.params))
+    for name in ("adaptive_tnt", "adamw", "muon", "soap"):
+        total = state_bytes(OPTIMIZERS[name].make(1e-3, problem), problem.params)
+        row = {"optimizer": name.replace("_", " "), "state": total, "per_parameter": total / parameters_of_workload}
+        of_workload.append(row)
+    models = {"memory": rows, "memory-transformer_wide": of_workload}
+    tables = {name: show(name, of_model) for name, of_model in models.items()}
+    save(out, {"parameters": parameters, "state": rows, "tables": tables}, figure)
