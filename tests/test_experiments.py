@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("typer", reason="the examples need the extra `examples`")
 
+import matplotlib.pyplot as plt
 from experiments import command_line, data, report, robustness, runner, workloads
 from experiments.models import conv3x3
 from experiments.optimizers import OPTIMIZERS, Optimizer
@@ -362,6 +363,21 @@ def test_the_race_is_to_a_loss_that_is_kept(losses, share):
     tables = report.comparison({"line": {"adaptive_tnt": result(losses, 1), "adamw": result([6, 1], 8)}})
     assert f"| line | {share}" in tables["race"]
     assert f"| line, train loss | {losses[-1]:.3g} (5) | 1 (5) |  |" in tables["comparison"]
+
+
+@pytest.mark.parametrize(("seconds", "peer", "end"), [(10.0, 300.0, 15.0), (10.0, 5.0, 10.5), (0.0, 300.0, 315.0)])
+def test_time_axis_is_not_squeezed_by_a_slow_peer(tmp_path, monkeypatch, seconds, peer, end):
+    def result(last):
+        epochs = [{"train_loss": 1.0, "test_loss": 1.0, "step": i, "seconds": last * i} for i in range(2)]
+        return {"runs": [{"epochs": epochs, "warm_start_seconds": 0.0}]}
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    report.plot(tmp_path / "x.png", "x", {"adaptive_tnt": result(seconds), "engd": result(peer)}, False)
+    figure = plt.gcf()
+    monkeypatch.undo()
+    # Matplotlib's margin is 5% of the range.
+    assert figure.axes[1].get_xlim()[1] == pytest.approx(end)
+    plt.close(figure)
 
 
 def test_errors_after_equal_seconds():

@@ -252,7 +252,7 @@ def plot(path: Path, title: str, of_workload: Mapping[str, Mapping[str, Any]], l
     right.set(xlabel="seconds of steps, warm start included")
     if OURS in of_workload:  # Slower peers do not squeeze the other curves.
         ours = max(run["warm_start_seconds"] + run["epochs"][-1]["seconds"] for run in of_workload[OURS]["runs"])
-        if right.get_xlim()[1] > 1.5 * ours:
+        if 0 < 1.5 * ours < right.get_xlim()[1]:
             right.set_xlim(-0.05 * ours, 1.5 * ours)
     right.legend(fontsize="small", title="solid: training, dotted: test", title_fontsize="small")
     for axis in (left, right):
